@@ -1,0 +1,63 @@
+"""Losses that learn from wrong labels: the companion to Active Passive Losses (Ma et al., 2020).
+
+>>> import apl
+>>> apl.loss("nce+rce", alpha=1.0, beta=1.0)
+NCE+RCE(alpha=1, beta=1, A=-9.21034)
+>>> apl.normalize(apl.CE()) + 2.0 * apl.MAE()
+NCE + 2 * MAE
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from apl import (
+        catalog,
+        data,
+        experiments,
+        losses,
+        models,
+        noise,
+        plots,
+        symbolic,
+        training,
+    )
+    from apl.losses import CE, FL, GCE, MAE, NLNL, RCE, SCE, Loss, loss, normalize
+
+__version__ = "0.1.0"
+__all__ = [
+    "CE",
+    "FL",
+    "GCE",
+    "MAE",
+    "NLNL",
+    "RCE",
+    "SCE",
+    "Loss",
+    "catalog",
+    "data",
+    "experiments",
+    "loss",
+    "losses",
+    "models",
+    "noise",
+    "normalize",
+    "plots",
+    "symbolic",
+    "training",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Rooms open when they are entered: `apl.symbolic` works without importing torch.
+    if name not in __all__:
+        raise AttributeError(f"module 'apl' has no attribute {name!r}")
+    if name in ("loss", "normalize", "Loss") or name.isupper():
+        return getattr(import_module("apl.losses"), name)
+    return import_module(f"apl.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,119 @@
+"""The training loop, on one page, and what it watches: how much is memorized."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from tqdm.auto import trange
+
+from apl.data import Dataset
+
+
+def train(
+    model: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    data: Dataset,
+    *,
+    epochs: int,
+    lr: float,
+    batch_size: int = 128,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    clip: float = 5.0,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """Train on the given labels with SGD and a cosine schedule; return a table, one row an epoch.
+
+    Parameters
+    ----------
+    model, loss, data
+        the network (trained in place, on the data's device), the loss of logits and labels, and
+        the data set, whose ``given`` labels are trained on
+    epochs, lr, batch_size, momentum, weight_decay
+        of SGD; the learning rate falls from ``lr`` to 0 along a cosine, a step each epoch
+    clip
+        the largest norm of the gradient over all parameters
+    seed
+        of the order of the samples; the same seed gives the same numbers on the same device
+    progress
+        whether to show a progress bar; by default where a person watches, not in CI
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``epoch``, ``train_loss``, ``test_accuracy`` and the columns of :func:`memorization`,
+        accuracies as fractions, all measured at the end of the epoch except the running
+        ``train_loss``
+
+    Raises
+    ------
+    FloatingPointError
+        when the training loss is no longer finite
+
+    Examples
+    --------
+    >>> import apl
+    >>> digits = apl.data.load("digits").with_noise(apl.noise.symmetric(10, 0.4), seed=0)
+    >>> history = train(apl.models.digits_net(), apl.MAE(), digits, epochs=1, lr=0.01)
+    >>> list(history.columns)[:3]
+    ['epoch', 'train_loss', 'test_accuracy']
+    """
+    model.to(data.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    order = torch.Generator().manual_seed(seed)
+    hidden = None if progress is None else not progress
+    if progress is None and "CI" in os.environ:
+        hidden = True
+    rows = []
+    for epoch in trange(epochs, disable=hidden, leave=False, unit="epoch"):
+        model.train()
+        total = torch.zeros((), device=data.device)
+        shuffled = torch.randperm(len(data.given), generator=order).to(data.device)
+        for batch in shuffled.split(batch_size):
+            batch_loss = loss(model(data.images[batch]), data.given[batch])
+            optimizer.zero_grad()
+            batch_loss.backward()
+            clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            total += batch_loss.detach() * len(batch)
+        schedule.step()
+        train_loss = total.item() / len(data.given)
+        if not abs(train_loss) < float("inf"):
+            raise FloatingPointError(f"the training loss is {train_loss} in epoch {epoch + 1}")
+        test = (predict(model, data.test_images) == data.test_labels).float().mean().item()
+        row = {"epoch": epoch + 1, "train_loss": train_loss, "test_accuracy": test}
+        rows.append(row | memorization(predict(model, data.images), data))
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, batch_size: int = 1024) -> Tensor:
+    """The predicted classes of images, with the model in evaluation mode."""
+    model.eval()
+    return torch.cat([model(part).argmax(-1) for part in images.split(batch_size)])
+
+
+def memorization(predicted: Tensor, data: Dataset) -> dict[str, float]:
+    """What the predictions on the training set say about memorization.
+
+    ``clean`` is the accuracy on samples whose label is right; ``wrong_given`` the fraction of
+    samples with a wrong label that are predicted *as labeled*, memorized; ``wrong_true`` the
+    fraction of them predicted *as they truly are*, corrected. Without wrong labels the last two
+    are NaN. ``train_given`` and ``train_true`` are the accuracies on the whole training set.
+    """
+    wrong = data.corrupted
+    as_given, as_true = predicted == data.given, predicted == data.labels
+    return {
+        "clean": as_true[~wrong].float().mean().item(),
+        "wrong_given": as_given[wrong].float().mean().item(),
+        "wrong_true": as_true[wrong].float().mean().item(),
+        "train_given": as_given.float().mean().item(),
+        "train_true": as_true.float().mean().item(),
+    }
