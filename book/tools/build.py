@@ -1,0 +1,85 @@
+"""Build the book.
+
+`make book` executes the chapters through jupyter-cache and renders them. jupyter-cache keys a
+chapter by its cells alone, so this first empties the cache whenever something else that a chapter
+shows has changed: the code of apl, the records in book/results, or an installed package.
+
+`make test` renders what is stored in the notebooks (--stored), because nbval has just executed
+them and two executions would prove no more than one.
+
+Both read every page again (--all): Sphinx reports the warnings of a page only when it reads it,
+and a second build must not pass where the first one failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+import subprocess
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "_build"
+
+
+def digest() -> str:
+    """Return a digest of everything a chapter's output depends on, apart from its cells."""
+    seen = hashlib.sha256(sys.version.encode())
+    for name, version in sorted({(d.name or "", d.version) for d in distributions()}):
+        seen.update(f"{name}=={version}\n".encode())
+    for folder in ("apl", "book/results"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                seen.update(f"{path.relative_to(ROOT)}\n".encode())
+                seen.update(hashlib.sha256(path.read_bytes()).digest())
+    return seen.hexdigest()
+
+
+def freshen() -> None:
+    """Empty the execution cache if it was filled under another digest."""
+    record, cache, now = BUILD / "executed-with.sha256", BUILD / ".jupyter_cache", digest()
+    if cache.exists() and (not record.exists() or record.read_text() != now):
+        print("Code, records or packages have changed: every chapter runs again.", flush=True)
+        shutil.rmtree(cache)
+    BUILD.mkdir(exist_ok=True)
+    record.write_text(now)
+
+
+def jupyter_book(*arguments: str) -> int:
+    """Run `jupyter-book build` with warnings as errors; return its exit status."""
+    program = Path(sys.executable).with_name("jupyter-book")
+    options = ["--all", "--quiet", "-W", "-n", "--keep-going", *arguments]
+    return subprocess.run([program, "build", ".", *options], cwd=ROOT).returncode
+
+
+def main() -> int:
+    """Run the command line; return its exit status."""
+    parser = argparse.ArgumentParser(description="Build the book into _build/html.")
+    parser.add_argument(
+        "--stored",
+        action="store_true",
+        help="render the stored outputs without executing anything, into _build/check",
+    )
+    if not parser.parse_args().stored:
+        freshen()
+        return jupyter_book()  # which ends by saying where to open the book
+
+    check = BUILD / "check"
+    check.mkdir(parents=True, exist_ok=True)
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    config["execute"]["execute_notebooks"] = "off"
+    (check / "_config.yml").write_text(yaml.safe_dump(config))
+    return jupyter_book(
+        *("--config", str(check / "_config.yml")),
+        *("--toc", str(ROOT / "_toc.yml")),
+        *("--path-output", str(check)),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
