@@ -99,5 +99,7 @@ def run(settings: Iterable[Setting], *, jobs: int | None = None) -> pd.DataFrame
     done = Parallel(n_jobs=jobs or os.cpu_count(), return_as="generator")(
         delayed(run_one)(setting) for setting in settings
     )
-    shown = tqdm(done, total=len(settings), unit="run", leave=False, disable="CI" in os.environ)
-    return pd.concat(list(shown), ignore_index=True)
+    bar = {"disable": True} if "CI" in os.environ else {}
+    return pd.concat(
+        list(tqdm(done, total=len(settings), unit="run", leave=False, **bar)), ignore_index=True
+    )

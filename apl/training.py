@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import trange
 
 from apl.data import Dataset
+from apl.noise import generator
 
 
 def train(
@@ -42,7 +43,7 @@ def train(
     seed
         of the order of the samples; the same seed gives the same numbers on the same device
     progress
-        whether to show a progress bar; by default where a person watches, not in CI
+        whether to show a progress bar; by default it shows, unless CI or TQDM_DISABLE is set
 
     Returns
     -------
@@ -65,14 +66,13 @@ def train(
     ['epoch', 'train_loss', 'test_accuracy']
     """
     model.to(data.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay)
+    weights = list(model.parameters())
+    optimizer = torch.optim.SGD(weights, lr, momentum, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    order = torch.Generator().manual_seed(seed)
-    hidden = None if progress is None else not progress
-    if progress is None and "CI" in os.environ:
-        hidden = True
+    order = generator(seed, stream=2)
+    bar = {} if progress is None and "CI" not in os.environ else {"disable": not progress}
     rows = []
-    for epoch in trange(epochs, disable=hidden, leave=False, unit="epoch"):
+    for epoch in trange(epochs, leave=False, unit="epoch", **bar):
         model.train()
         total = torch.zeros((), device=data.device)
         shuffled = torch.randperm(len(data.given), generator=order).to(data.device)
@@ -80,7 +80,7 @@ def train(
             batch_loss = loss(model(data.images[batch]), data.given[batch])
             optimizer.zero_grad()
             batch_loss.backward()
-            clip_grad_norm_(model.parameters(), clip)
+            clip_grad_norm_(weights, clip)
             optimizer.step()
             total += batch_loss.detach() * len(batch)
         schedule.step()

@@ -13,6 +13,7 @@ from apl.symbolic import (
     K,
     at,
     is_symmetric,
+    k,
     latex,
     mean_over_others,
     negate,
@@ -35,10 +36,7 @@ def test_normalizing_any_function_gives_labels_that_sum_to_one():
 def test_sums_over_labels_of_what_is_known():
     a, b = Symbol("a"), Symbol("b")
     assert simplify(sum_over_labels(a + b * p_y) - (a * K + b)) == 0
-    assert sum_over_labels(catalog.nlnl) == -Sum(
-        log(1 - p[Symbol("k", integer=True, positive=True)]),
-        (Symbol("k", integer=True, positive=True), 1, K),
-    )
+    assert sum_over_labels(catalog.nlnl) == -Sum(log(1 - p[k]), (k, 1, K))
     mixed = a * normalize(h(p_y)) + b * (1 - p_y)
     assert simplify(sum_over_labels(mixed) - (a + b * (K - 1))) == 0
 
@@ -48,21 +46,9 @@ def test_what_cannot_be_summed_is_said():
         sum_over_labels(log(normalize(h(p_y))))
 
 
-SYMMETRIC = {
-    name: True
-    for name in (
-        "mae",
-        "rce",
-        "nce",
-        "nfl",
-        "nmae",
-        "nrce",
-        "ngce",
-        "mae+rce",
-        "nfl+nce",
-        "ngce+nce",
-    )
-} | dict.fromkeys(catalog.APL, True)
+SYMMETRIC = dict.fromkeys(
+    ("mae", "rce", "nce", "nfl", "nmae", "nrce", "ngce", "mae+rce", "nfl+nce", "ngce+nce"), True
+) | dict.fromkeys(catalog.APL, True)
 
 
 @pytest.mark.parametrize("name", catalog.CATALOG)
