@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib as mpl
@@ -48,11 +49,18 @@ def curves(
 ) -> Axes:
     """One curve over epochs for each named table, the mean over its seeds, labeled at its end.
 
-    The band around a curve runs from its lowest to its highest seed.
+    The band around a curve runs from its lowest to its highest seed. The tables are histories
+    of :func:`apl.training.train` or :func:`apl.experiments.run`.
+
+    Examples
+    --------
+    >>> history = pd.DataFrame({"epoch": [1, 2], "test_accuracy": [0.5, 0.75]})
+    >>> curves({"CE": history}).get_ylabel()
+    'test accuracy (%)'
     """
     ax = ax or plt.subplots()[1]
     ends: list[tuple[float, str, Any]] = []
-    for (name, table), style in zip(tables.items(), STYLES, strict=False):
+    for (name, table), style in zip(tables.items(), cycle(STYLES), strict=False):
         by_epoch = table.groupby("epoch")[column]
         mean, low, high = (
             100 * v if percent else v for v in (by_epoch.mean(), by_epoch.min(), by_epoch.max())
@@ -80,7 +88,14 @@ def label_ends(ax: Axes, ends: Sequence[tuple[float, str, Any]]) -> None:
 def transition_matrix(
     T: Tensor, classes: Sequence[str] | None = None, *, ax: Axes | None = None
 ) -> Axes:
-    """A transition matrix as a heat map with its probabilities written in, zeros left blank."""
+    """A transition matrix as a heat map with its probabilities written in, zeros left blank.
+
+    Examples
+    --------
+    >>> from apl import noise
+    >>> transition_matrix(noise.symmetric(3, 0.4)).get_xlabel()
+    'given label'
+    """
     ax = ax or plt.subplots(figsize=(5.2, 4.6))[1]
     names = list(classes) if classes else [str(k) for k in range(len(T))]
     text = [[f"{v:.2f}".lstrip("0") if v else "" for v in row] for row in T.tolist()]
