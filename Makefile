@@ -1,6 +1,5 @@
 # Needs make, git and Python 3.11 or later; everything else is installed into .venv.
-# Another interpreter: make PYTHON=/path/to/python3.13. Where packages come from (a mirror, the
-# smaller CPU build of torch) is pip's business: set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL.
+# Another interpreter: make PYTHON=/path/to/python3.13. Where packages come from is pip's business.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,9 +9,10 @@ INSTALLED := $(VENV)/.installed
 
 # Figures are drawn by the notebooks' own backend, whatever the shell says.
 unexport MPLBACKEND
-# Chapters run without your personal IPython settings, and without the kernel's warnings about its
-# own debugger and transport, which mean nothing here.
+# Chapters run without your personal IPython settings, progress bars, and the kernel's warnings
+# about its own debugger and transport, which mean nothing here.
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
+export TQDM_DISABLE := 1
 export IPYTHONDIR := $(CURDIR)/_build/ipython
 KERNEL := _build/ipython/profile_default/ipython_kernel_config.py
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from apl import data, models, noise
 from apl.losses import loss

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from tqdm.auto import trange
+from tqdm import trange
 
 from apl.data import Dataset
 from apl.noise import generator
@@ -30,6 +30,8 @@ def train(
     progress: bool | None = None,
 ) -> pd.DataFrame:
     """Train on the given labels with SGD and a cosine schedule; return a table, one row an epoch.
+
+    So small a network as the digits' trains fastest on one core: ``torch.set_num_threads(1)``.
 
     Parameters
     ----------
