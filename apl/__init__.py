@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from apl import (
+        augment,
         catalog,
         data,
         experiments,
@@ -21,10 +22,13 @@ if TYPE_CHECKING:
         models,
         noise,
         plots,
+        recipes,
         symbolic,
+        testing,
         training,
     )
     from apl.losses import CE, FL, GCE, MAE, NLNL, RCE, SCE, Loss, loss, normalize
+    from apl.paper import paper_loss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,6 +40,7 @@ __all__ = [
     "RCE",
     "SCE",
     "Loss",
+    "augment",
     "catalog",
     "data",
     "experiments",
@@ -44,8 +49,11 @@ __all__ = [
     "models",
     "noise",
     "normalize",
+    "paper_loss",
     "plots",
+    "recipes",
     "symbolic",
+    "testing",
     "training",
 ]
 
@@ -56,6 +64,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'apl' has no attribute {name!r}")
     if name in ("loss", "normalize", "Loss") or name.isupper():
         return getattr(import_module("apl.losses"), name)
+    if name == "paper_loss":
+        return import_module("apl.paper").paper_loss
     return import_module(f"apl.{name}")
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from apl import noise
+from apl import noise, vision
 
 __all__ = ["Dataset", "load"]
 
@@ -182,23 +181,32 @@ def load(
     stratified split into 1,297 training and 500 test samples, scaled to mean 0 and variance 1 by
     the training part.
 
-    `root` is the folder of data sets kept in files; "digits" needs none.
+    "mnist", "cifar10", "cifar100": the official parts, scaled by the paper's means and standard
+    deviations; "fashion-mnist": likewise, but mean 0 and variance 1 by the training part. All the
+    images are on the device as float32, 740 MB for CIFAR.
 
-    Raises: ValueError for an unknown name.
+    `root` is the folder that holds them, as torchvision lays them out; what is not there is
+    downloaded into it. Without it they are in the folder "data". "digits" needs none.
+
+    Raises: ValueError for an unknown name; FileNotFoundError for a root that does not exist,
+    ConnectionError where there is nothing to read and no network, RuntimeError for broken files.
 
     >>> load("digits", device="cpu")
     Dataset('digits', 1297 train (0.0% wrong labels), 500 test, 1x8x8 images, K=10, cpu)
     """
-    if not isinstance(name, str) or name not in _LOADERS:
-        raise ValueError(f"no data set {name!r}; available: {', '.join(_LOADERS)}")
-    return _LOADERS[name](None if root is None else Path(root)).to(device)
+    if name == "digits":
+        return _digits().to(device)
+    if not isinstance(name, str) or name not in vision.SETS:
+        known = ", ".join(["digits", *vision.SETS])
+        raise ValueError(f"no data set {name!r}; available: {known}")
+    return _from_files(name, None if root is None else Path(root), torch.device(device))
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
-def _digits(root: Path | None) -> Dataset:
+def _digits() -> Dataset:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -221,4 +229,27 @@ def _digits(root: Path | None) -> Dataset:
     )
 
 
-_LOADERS: dict[str, Callable[[Path | None], Dataset]] = {"digits": _digits}
+def _from_files(name: str, root: Path | None, device: torch.device) -> Dataset:
+    train, test = vision.read(name, root)
+    source = vision.SETS[name]
+    # Bytes go to the device, where scaling takes one copy of the floats and no second.
+    pixels = train.images.to(device)
+    if source.mean:
+        mean, std = (
+            torch.tensor(v, device=device)[:, None, None] for v in (source.mean, source.std)
+        )
+    else:
+        values = torch.arange(256, dtype=torch.float64, device=device) / 255
+        share = pixels.flatten().bincount(minlength=256) / pixels.numel()
+        mean = (share * values).sum().float()
+        std = (share * (values - mean) ** 2).sum().sqrt().float()
+    labels = train.labels.to(device)
+    return Dataset(
+        name=name,
+        classes=train.classes,
+        images=pixels.float().div_(255).sub_(mean).div_(std),
+        labels=labels,
+        given=labels.clone(),
+        test_images=test.images.to(device).float().div_(255).sub_(mean).div_(std),
+        test_labels=test.labels.to(device),
+    )

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sympy import Dummy, Expr, Function, KroneckerDelta, Sum, Symbol, exp, lambdify
+from sympy import Dummy, Expr, Function, KroneckerDelta, Mul, Sum, Symbol, exp, lambdify
 from sympy.codegen.cfunctions import expm1
 from sympy.codegen.rewriting import expm1_opt, log1p_opt, optimize
 from torch import Tensor
@@ -72,7 +72,8 @@ class Kernel:
             if reduction.kind == "sum":
                 reduced.append(each.sum(-1, keepdim=True))
                 continue
-            others = torch.where(row.classes == index, 0.0, each).sum(-1, keepdim=True)
+            # scatter, unlike a mask, refuses a label that is no class, in compiled code too.
+            others = each.scatter(-1, index, 0.0).sum(-1, keepdim=True)
             share = reduction.kind == "share"
             reduced.append(_share(each.gather(-1, index), others) if share else others)
         w_y = row.w_of(index, u_y) if _w in self.outer.reads else u_y
@@ -149,15 +150,27 @@ def compile_loss(expression: Expr) -> Kernel:
     reductions, symbols = [], []
     for total in sorted(expression.atoms(Sum), key=str):
         each = total.function.subs(1 - KroneckerDelta(k, y), 1)
-        share, symbol = each.subs(p[k], p_y) / total, Dummy("share")
+        symbol = Dummy("reduced")
+        shared = _with_share(expression, each.subs(p[k], p_y), total, symbol)
         kind = "sum" if each == total.function else "others"
-        if kind == "sum" and not expression.subs(share, symbol).has(total):
-            kind, total = "share", share
+        if kind == "sum" and not shared.has(total):
+            kind, expression = "share", shared
         expression = expression.subs(total, symbol)
         reductions.append(_Reduction(kind, _function(each.subs(p[k], exp(_u)), parameters)))
         symbols.append(symbol)
     outer = _function(expression.subs(p_y, exp(_u)), [*parameters, K, *symbols])
     return Kernel(tuple(s.name for s in parameters), tuple(reductions), outer)
+
+
+def _with_share(expression: Expr, f: Expr, total: Expr, symbol: Symbol) -> Expr:
+    """The expression with a symbol for f / total, however f is written (``subs`` misses some)."""
+    inner, varying = f.as_independent(p_y, as_Add=False)
+
+    def share(product: Expr) -> Expr:
+        outer, rest = product.as_independent(p_y, as_Add=False)
+        return outer * total / inner * symbol if (rest - varying).expand() == 0 else product
+
+    return expression.replace(lambda e: isinstance(e, Mul) and 1 / total in e.args, share)
 
 
 def _function(expression: Expr, arguments: list[Symbol]) -> _Function:

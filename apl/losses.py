@@ -11,9 +11,8 @@ from sympy import Expr, Float, Integer, Mul, Symbol
 from torch import Tensor, nn
 
 from apl import catalog, symbolic
+from apl.checks import check_call, check_settings, label_error
 from apl.kernels import compile_loss
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 class Loss(nn.Module):
@@ -35,6 +34,8 @@ class Loss(nn.Module):
         "mean" over the labels that count, "sum", or "none"
     ignore_index
         the label of positions that do not count
+    weight
+        refused: class weights break the symmetric condition
 
     Raises
     ------
@@ -42,7 +43,8 @@ class Loss(nn.Module):
         for an expression that is not a loss, an unknown reduction, and, when called, for shapes
         that do not fit or a label that is no class
     TypeError
-        when called with logits that are not floating point or labels that are not integers
+        for class weights, and, when called, for logits that are not floating point or labels
+        that are not integers
 
     Examples
     --------
@@ -61,10 +63,10 @@ class Loss(nn.Module):
         name: str = "loss",
         reduction: str = "mean",
         ignore_index: int = -100,
+        weight: None = None,
     ) -> None:
         super().__init__()
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction is {reduction!r}: it must be one of {REDUCTIONS}")
+        check_settings(reduction, weight)
         self.expression = expression
         self.hyperparameters = dict(hyperparameters or {})
         self.name = name
@@ -77,7 +79,7 @@ class Loss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of logits and labels, reduced."""
-        self._check(logits, target)
+        check_call(logits, target)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         rows = logits.movedim(1, -1) if logits.ndim > 1 else logits
@@ -95,36 +97,10 @@ class Loss(nn.Module):
         try:
             return self._kernel(rows, target, self.hyperparameters)
         except RuntimeError as error:
-            # Looking at the labels first would cost a pass, and a GPU synchronization, per step.
-            if "out of bounds" not in str(error):
+            wrong = label_error(error, rows.shape[-1])
+            if wrong is None:
                 raise
-            last = rows.shape[-1] - 1
-            wrong = target[(target < 0) | (target > last)][0].item()
-            raise ValueError(
-                f"target holds the label {wrong}: with {last + 1} classes labels are 0 to {last}"
-            ) from None
-
-    def _check(self, logits: Tensor, target: Tensor) -> None:
-        if not logits.is_floating_point():
-            raise TypeError(f"logits are {logits.dtype}: they must be floating point")
-        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-            raise TypeError(
-                f"target is {target.dtype}: it must hold integer labels, one for each row "
-                "(the noise-tolerance results are about labels, so soft targets are not taken)"
-            )
-        if logits.ndim == 0:
-            raise ValueError("logits are a single number: their shape must be (N, K)")
-        classes = logits.shape[1] if logits.ndim > 1 else logits.shape[0]
-        if classes < 2:
-            raise ValueError(
-                f"logits of shape {tuple(logits.shape)} have {classes} class: at least 2 are needed"
-            )
-        expected = logits.shape[:1] + logits.shape[2:] if logits.ndim > 1 else logits.shape[:0]
-        if target.shape != expected:
-            raise ValueError(
-                f"target has shape {tuple(target.shape)}: with logits of shape "
-                f"{tuple(logits.shape)} it must be {tuple(expected)}"
-            )
+            raise wrong from None
 
     def __add__(self, other: Loss) -> Loss:
         """The sum of two losses."""
@@ -191,7 +167,12 @@ class Loss(nn.Module):
 
 
 def loss(
-    name: str, *, reduction: str = "mean", ignore_index: int = -100, **parameters: float
+    name: str,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    weight: None = None,
+    **parameters: float,
 ) -> Loss:
     r"""A loss of the catalog, by name.
 
@@ -199,7 +180,7 @@ def loss(
     ----------
     name
         one of :func:`names`
-    reduction, ignore_index
+    reduction, ignore_index, weight
         as for :class:`Loss`
     parameters
         those the loss has: ``alpha`` and ``beta``, the weights of a sum (1, 1; SCE .1, 1);
@@ -210,6 +191,8 @@ def loss(
     ------
     ValueError
         for an unknown name or parameter, or a value outside its range
+    TypeError
+        for class weights
 
     Examples
     --------
@@ -226,6 +209,7 @@ def loss(
         name=found.name.upper(),
         reduction=reduction,
         ignore_index=ignore_index,
+        weight=weight,
     )
 
 

@@ -1,8 +1,6 @@
-"""The contract every loss passes, held against the definitions of tests/definitions.py."""
+"""What tests/test_contract.py does not ask of every loss: parameters, many classes, composition."""
 
 from __future__ import annotations
-
-import pickle
 
 import definitions
 import pytest
@@ -47,11 +45,8 @@ def test_the_witness_and_the_catalog_name_the_same_losses():
 
 
 @every_loss
-@pytest.mark.parametrize(
-    ("K", "N", "scale"),
-    [(2, 12, 1), (2, 12, 4), (3, 12, 4), (10, 12, 1), (10, 12, 4), (100, 3, 1), (1000, 2, 2)],
-)
-def test_moderate_logits_to_the_last_digits_of_float32(name, K, N, scale):
+@pytest.mark.parametrize(("K", "N", "scale"), [(100, 3, 1), (1000, 2, 2)])
+def test_many_classes_to_the_last_digits_of_float32(name, K, N, scale):
     logits, target = random_rows(N, K, scale)
     target[0] = logits[0].argmax()  # a confident right row, and a confident wrong one
     target[1] = logits[1].argmin()
@@ -60,49 +55,6 @@ def test_moderate_logits_to_the_last_digits_of_float32(name, K, N, scale):
     torch.testing.assert_close(values.double(), true_values, rtol=1e-5, atol=1e-6)
     error = (gradient.double() - true_gradient).abs().amax(1)
     assert (error <= 1e-5 * true_gradient.abs().amax(1)).all()
-
-
-EXTREME = torch.tensor(
-    [
-        [1e4, 0.0, -1e4],
-        [-1e4, 1e4, 1e4],
-        [1e4, 9999.5, 0.0],
-        [60.0, 0.0, -1.0],
-        [17.0, 0.0, 0.0],
-        [1e4, 1e4, 1e4],
-        [0.0, 104.0, -104.0],
-        [88.0, -88.0, 0.0],
-    ]
-)
-
-
-@every_loss
-@pytest.mark.parametrize("label", [0, 1, 2])
-@pytest.mark.parametrize("K", [3, 60])
-def test_extreme_logits(name, label, K):
-    logits = EXTREME
-    if K > 3:
-        filler = torch.linspace(-1e4, 1e4, K - 3) * 0.999
-        logits = torch.cat([EXTREME, filler.expand(len(EXTREME), -1)], 1)[::4]
-    target = torch.full((len(logits),), label)
-    values, gradient = value_and_gradient(apl.loss(name, reduction="none"), logits, target)
-    assert values.isfinite().all()
-    assert gradient.isfinite().all()
-    true_values, true_gradient = expected(name, logits, target)
-    torch.testing.assert_close(values.double(), true_values, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient.double(), true_gradient, rtol=1e-5, atol=1e-6)
-
-
-@every_loss
-def test_extreme_random_logits(name):
-    logits, target = random_rows(16, 10, 1.0, seed=1)
-    logits *= torch.logspace(0, 4, 16).unsqueeze(1)
-    values, gradient = value_and_gradient(
-        apl.loss(name, reduction="none"), logits.clamp(-1e4, 1e4), target
-    )
-    true_values, true_gradient = expected(name, logits.clamp(-1e4, 1e4), target)
-    torch.testing.assert_close(values.double(), true_values, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient.double(), true_gradient, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -131,14 +83,6 @@ def test_parameters(name, parameters):
     assert (error <= 1e-5 * true_gradient.abs().amax(1)).all()
 
 
-@every_loss
-def test_gradients_of_gradients(name):
-    logits, target = random_rows(3, 4, 2.0, dtype=torch.float64)
-    logits.requires_grad_()
-    assert torch.autograd.gradcheck(apl.loss(name), (logits, target))
-    assert torch.autograd.gradgradcheck(apl.loss(name), (logits, target))
-
-
 @given(
     name=st.sampled_from(NAMES),
     rows=st.integers(2, 6).flatmap(
@@ -155,51 +99,6 @@ def test_finite_logits_give_finite_losses_and_gradients(name, rows, label):
     assert values.isfinite().all()
     assert gradient.isfinite().all()
     assert (values >= 0).all()
-
-
-@every_loss
-def test_a_shift_of_the_logits_changes_nothing(name):
-    logits, target = random_rows(8, 10, 2.0, dtype=torch.float64)
-    loss = apl.loss(name)
-    torch.testing.assert_close(loss(logits + 7.0, target), loss(logits, target))
-
-
-@every_loss
-def test_reductions_shapes_and_ignored_labels(name):
-    logits, target = random_rows(6, 5, 2.0)
-    each = apl.loss(name, reduction="none")(logits, target)
-    assert each.shape == (6,)
-    torch.testing.assert_close(apl.loss(name)(logits, target), each.mean())
-    torch.testing.assert_close(apl.loss(name, reduction="sum")(logits, target), each.sum())
-
-    dense = apl.loss(name, reduction="none")(
-        logits.reshape(2, 3, 5).movedim(-1, 1), target.view(2, 3)
-    )
-    torch.testing.assert_close(dense, each.view(2, 3))
-    torch.testing.assert_close(apl.loss(name)(logits[0], target[0]), each[0])
-
-    target[2] = -100
-    kept = torch.tensor([0, 1, 3, 4, 5])
-    torch.testing.assert_close(apl.loss(name)(logits, target), each[kept].mean())
-    assert apl.loss(name, reduction="none")(logits, target)[2] == 0
-
-
-@every_loss
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_computed_in_float32(name, dtype):
-    logits, target = random_rows(8, 10, 3.0)
-    logits = logits.to(dtype)
-    torch.testing.assert_close(
-        apl.loss(name)(logits, target), apl.loss(name)(logits.float(), target)
-    )
-
-
-@every_loss
-def test_a_loss_survives_pickling(name):
-    logits, target = random_rows(8, 10, 3.0)
-    copy = pickle.loads(pickle.dumps(apl.loss(name)))
-    assert repr(copy) == repr(apl.loss(name))
-    assert copy(logits, target) == apl.loss(name)(logits, target)
 
 
 def test_cross_entropy_is_torchs():
@@ -266,10 +165,6 @@ def test_what_a_notebook_shows():
     assert r"\sum_{k \ne y}" in apl.NLNL()._repr_latex_()
 
 
-ZEROS = torch.zeros(4, 3)
-LABELS = torch.zeros(4, dtype=torch.long)
-
-
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
@@ -285,18 +180,10 @@ LABELS = torch.zeros(4, dtype=torch.long)
         (lambda: apl.loss("nce+mae", alpha=-1), "alpha = -1 is not allowed.*above 0"),
         (lambda: apl.loss("nce+mae", beta=float("inf")), "beta = inf is not allowed"),
         (lambda: apl.loss("rce", A=4), "A = 4 is not allowed.*below 0"),
-        (lambda: apl.loss("ce", reduction="avg"), "reduction is 'avg': it must be one of"),
         (lambda: -1 * apl.CE(), "a loss takes the weight -1: weights are positive and finite"),
         (lambda: apl.CE() + apl.MAE(reduction="sum"), "cannot add a loss with reduction 'mean'"),
         (lambda: apl.Loss(p[3]), "cannot compile"),
         (lambda: apl.Loss(apl.catalog.gce, name="mine"), "mine needs a value for 'q'"),
-        (lambda: apl.CE()(ZEROS, LABELS[:3]), r"target has shape \(3,\).*must be \(4,\)"),
-        (
-            lambda: apl.CE()(ZEROS, LABELS + 3),
-            "holds the label 3: with 3 classes labels are 0 to 2",
-        ),
-        (lambda: apl.loss("nce")(ZEROS, LABELS - 1), "holds the label -1"),
-        (lambda: apl.CE()(ZEROS[:, :1], LABELS), "have 1 class: at least 2 are needed"),
         (lambda: apl.CE()(torch.tensor(1.0), torch.tensor(0)), "single number"),
     ],
 )
@@ -306,15 +193,6 @@ def test_bad_input_gets_one_sentence(wrong, sentence):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "sentence"),
-    [
-        (lambda: apl.CE()(ZEROS.long(), LABELS), "logits are torch.int64"),
-        (lambda: apl.CE()(ZEROS, ZEROS), "target is torch.float32: it must hold integer labels"),
-        (lambda: apl.CE()(ZEROS, LABELS.bool()), "target is torch.bool"),
-        (lambda: apl.CE() + 1, "unsupported operand"),
-    ],
-)
-def test_the_wrong_kind_of_thing_is_a_type_error(wrong, sentence):
-    with pytest.raises(TypeError, match=sentence):
-        wrong()
+def test_a_loss_adds_to_losses_only():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        apl.CE() + 1
