@@ -47,6 +47,8 @@ test: $(INSTALLED) $(KERNEL) ## everything that is checked: style, types, units,
 	$(BIN)/pytest -o addopts= -o filterwarnings=default --disable-warnings -q \
 	  --nbval-lax --nbval-current-env --nbval-cell-timeout 900 -n 2 --dist loadscope book/*.ipynb
 	$(BIN)/python book/tools/build.py --stored
+	# The pages just rendered, in Chromium: the system's, or `playwright install chromium`.
+	$(BIN)/pytest -q tests/browser
 
 notebooks: $(INSTALLED) $(KERNEL) ## execute every chapter in place and store it with its outputs
 	@$(BIN)/ruff check --quiet --fix book
