@@ -22,11 +22,7 @@ NOTEBOOKS = sorted(BOOK.glob("*.ipynb"))
 # nbval and nbclient leave cells with these tags alone, so they have no outputs to store.
 SKIPPED = {"nbval-skip", "skip-execution"}
 # What conda-forge calls the packages it has under another name.
-CONDA_NAMES = {
-    "pytorch": "torch",
-    "matplotlib-base": "matplotlib",
-    "playwright-python": "playwright",
-}
+CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
 
 
 def tags(cell):
