@@ -113,8 +113,9 @@ class Loss(nn.Module):
             )
         mine, theirs = self.hyperparameters, other.hyperparameters
         # One symbol cannot stand for two values: the second loss then keeps its numbers.
-        clash = [name for name in theirs if name in mine and mine[name] != theirs[name]]
-        numbers = {catalog.PARAMETERS[name].symbol: Float(theirs[name]) for name in clash}
+        clash = {name for name in theirs if name in mine and mine[name] != theirs[name]}
+        symbols = [s for s in other.expression.atoms(Symbol) if s.name in clash]
+        numbers = {symbol: Float(theirs[symbol.name]) for symbol in symbols}
         return Loss(
             self.expression + other.expression.subs(numbers),
             {**theirs, **mine},

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from sympy import Rational, exp, log
+from sympy import Rational, Symbol, exp, log
 
 import apl
 from apl.symbolic import is_symmetric, p, p_y
@@ -125,9 +125,11 @@ def test_composed_losses_are_the_named_ones():
 
 def test_a_sum_keeps_both_values_of_a_parameter():
     logits, target = random_rows(32, 10, 3.0)
-    both = apl.GCE(q=0.3) + apl.GCE(q=0.7)
-    apart = apl.GCE(q=0.3)(logits, target) + apl.GCE(q=0.7)(logits, target)
-    torch.testing.assert_close(both(logits, target), apart)
+    a = Symbol("a", positive=True)  # a parameter of one's own, that the catalog does not know
+    own = [apl.Loss((1 - p_y) ** a, {"a": value}, name="own") for value in (2.0, 3.0)]
+    for first, second in [(apl.GCE(q=0.3), apl.GCE(q=0.7)), own]:
+        apart = first(logits, target) + second(logits, target)
+        torch.testing.assert_close((first + second)(logits, target), apart)
 
 
 @pytest.mark.parametrize(
