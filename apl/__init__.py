@@ -23,12 +23,14 @@ if TYPE_CHECKING:
         noise,
         plots,
         recipes,
+        risk,
         symbolic,
         testing,
         training,
     )
     from apl.losses import CE, FL, GCE, MAE, NLNL, RCE, SCE, Loss, loss, normalize
     from apl.paper import paper_loss
+    from apl.protocols import protocol
 
 __version__ = "0.1.0"
 __all__ = [
@@ -51,7 +53,9 @@ __all__ = [
     "normalize",
     "paper_loss",
     "plots",
+    "protocol",
     "recipes",
+    "risk",
     "symbolic",
     "testing",
     "training",
@@ -66,6 +70,8 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module("apl.losses"), name)
     if name == "paper_loss":
         return import_module("apl.paper").paper_loss
+    if name == "protocol":
+        return import_module("apl.protocols").protocol
     return import_module(f"apl.{name}")
 
 

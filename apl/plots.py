@@ -8,10 +8,14 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.axes import Axes
 from torch import Tensor
+
+from apl import risk
 
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)), (0, (3, 5)))
 """Line styles, so that a curve is found without its color."""
@@ -117,4 +121,76 @@ def transition_matrix(
     ax.set(xlabel="given label", ylabel="true label")
     ax.tick_params(left=False, bottom=False)
     plt.setp(ax.get_yticklabels(), rotation=0)
+    return ax
+
+
+CORNERS = torch.tensor([[0.5, 3**0.5 / 2], [0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+"""Where the three classes lie in :func:`simplex`, class 1 on top, 2 on the left, 3 on the right."""
+
+
+def simplex(
+    loss: risk.LossFunction,
+    row: Sequence[float],
+    *,
+    floor: float = 1e-3,
+    levels: int = 12,
+    minimizer: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
+    """The noisy risk of every prediction over three classes, darker where it is smaller.
+
+    ``row`` is the distribution of the noisy label; with [1, 0, 0] this is the clean risk of
+    class 1. Predictions keep all probabilities at or above ``floor``. A star marks the minimizer
+    (:func:`apl.risk.minimize`). Between neighboring contours lie equally many predictions, so
+    that losses of different scale can be compared.
+
+    Raises
+    ------
+    ValueError
+        for a row that does not have three entries
+
+    Examples
+    --------
+    >>> import apl
+    >>> simplex(apl.MAE(), [0.6, 0.4, 0.0], minimizer=False).get_aspect()
+    1.0
+    """
+    if len(row) != 3:
+        raise ValueError(f"the row has {len(row)} entries: the simplex is drawn for 3 classes")
+    ax = ax or plt.subplots(figsize=(4.2, 3.8))[1]
+    labels = torch.as_tensor(row, dtype=torch.float64)
+    steps = torch.linspace(0, 1, 121, dtype=torch.float64)
+    first, second = torch.meshgrid(steps, steps, indexing="ij")
+    inside = first + second <= 1 + 1e-9
+    first, second = first[inside], second[inside]
+    p = torch.stack([first, second, (1 - first - second).clamp(min=0)], -1)
+    p = p * (1 - 3 * floor) + floor
+    values = risk.noisy_risk(loss, p, labels).detach().numpy()
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, levels + 1)))
+    x, height = (p @ CORNERS).T.numpy()
+    shades = mpl.colors.BoundaryNorm(edges, 256)
+    ax.tricontourf(x, height, values, levels=edges, cmap="Blues_r", norm=shades)
+    ax.tricontour(x, height, values, levels=edges[1:-1], colors="black", linewidths=0.4, alpha=0.5)
+    ax.plot(*CORNERS[[0, 1, 2, 0]].T.numpy(), color="black", linewidth=1.2)
+    for k, (x_offset, y_offset) in enumerate(((-11, -5), (0, -16), (0, -16))):
+        ax.annotate(
+            f"{k + 1}",
+            (float(CORNERS[k, 0]), float(CORNERS[k, 1])),
+            ha="center",
+            xytext=(x_offset, y_offset),
+            textcoords="offset points",
+        )
+    if minimizer:
+        best = risk.minimize(loss, labels, floor) @ CORNERS
+        ax.plot(
+            *best.tolist(),
+            "*",
+            markersize=17,
+            color="#de8f05",
+            markeredgecolor="black",
+            clip_on=False,
+            zorder=5,
+        )
+    ax.set_aspect("equal")
+    ax.axis("off")
     return ax

@@ -23,6 +23,7 @@ from sympy import (
     Symbol,
     cancel,
     factor_terms,
+    simplify,
     sympify,
 )
 from sympy.printing.latex import LatexPrinter
@@ -34,6 +35,8 @@ y = Symbol("y", integer=True, positive=True)
 """The label."""
 k = Symbol("k", integer=True, positive=True)
 """A class; the index of every sum."""
+j = Symbol("j", integer=True, positive=True)
+"""A class other than the label."""
 p = IndexedBase("p", positive=True)
 """The predicted class probabilities, the softmax of the logits."""
 p_y = p[y]
@@ -50,12 +53,8 @@ def sum_over_labels(loss: Expr) -> Expr:
     """
     loss = sympify(loss)
     if not loss.has(Sum):
-        affine = _affine(loss, p_y)
-        if affine is not None:
-            constant, slope = affine
-            return factor_terms(K * constant + slope)
-        factor, rest = loss.as_independent(p_y, as_Add=False)
-        return factor * Sum(rest.subs(p_y, p[k]), (k, 1, K))
+        total = sum_over_classes(loss.subs(p_y, p[k]))
+        return total if total.has(Sum) else factor_terms(total)
     if isinstance(loss, Add):
         return Add(*(sum_over_labels(term) for term in loss.args))
     factor, rest = loss.as_independent(y, as_Add=False)
@@ -67,6 +66,20 @@ def sum_over_labels(loss: Expr) -> Expr:
         f"cannot sum {loss} over the labels: a loss is a sum of terms f(p[y]) times "
         "factors that do not depend on y, or of sums over the other classes"
     )
+
+
+def sum_over_classes(function: Expr, *, others: bool = False) -> Expr:
+    r"""The sum of a function of ``p[k]`` over all classes, or all but the label.
+
+    >>> sum_over_classes(2 * p[k] + 1, others=True)
+    K - 2*p[y] + 1
+    """
+    affine = _affine(sympify(function), p[k])
+    if affine is not None:
+        constant, slope = affine
+        return (K - 1) * constant + slope * (1 - p_y) if others else K * constant + slope
+    factor, rest = sympify(function).as_independent(k, p, as_Add=False)
+    return factor * Sum((1 - KroneckerDelta(k, y)) * rest if others else rest, (k, 1, K))
 
 
 def normalize(loss: Expr) -> Expr:
@@ -127,6 +140,29 @@ def at(expression: Expr, probabilities: Sequence[Any], label: int | None = None)
     if label is not None:
         written_out = written_out.subs(y, label + 1).doit()
     return written_out.subs({p[i + 1]: sympify(v) for i, v in enumerate(probabilities)})
+
+
+def rest_uniform(expression: Expr, label: Any) -> Expr:
+    r"""An expression where the label has one probability and the other classes share the rest.
+
+    K stays a symbol: every :math:`p_k` with :math:`k \ne y` is (1 - label)/(K - 1). With
+    ``label=1/K`` this is the uniform prediction.
+
+    >>> rest_uniform(normalize(-p_y), 1 / K)
+    1/K
+    """
+    label = sympify(label)
+    rest = cancel((1 - label) / (K - 1))  # 1/K at the uniform prediction, not a fraction of it
+    others = 1 - KroneckerDelta(k, y)
+
+    def evaluate(total: Sum) -> Expr:
+        function = total.function
+        of_rest = (K - 1) * function.subs(others, 1).subs(p[k], rest)
+        return of_rest if function.has(others) else function.subs(p[k], label) + of_rest
+
+    expression = sympify(expression)
+    sums = {total: evaluate(total) for total in expression.atoms(Sum)}
+    return simplify(expression.xreplace(sums).subs({p_y: label, p[j]: rest}))
 
 
 def latex(expression: Expr) -> str:
