@@ -58,10 +58,10 @@ class Augment:
         """
         if images.ndim != 4:
             raise ValueError(f"images must be (N, C, H, W), not {tuple(images.shape)}")
-        fill = torch.as_tensor(self.fill, dtype=images.dtype, device=images.device).flatten()
-        if len(fill) not in (1, images.shape[1]):
+        values = (self.fill,) if isinstance(self.fill, int | float) else tuple(self.fill)
+        if len(values) not in (1, images.shape[1]):
             raise ValueError(
-                f"fill has {len(fill)} values: it must be one, or one for each of the "
+                f"fill has {len(values)} values: it must be one, or one for each of the "
                 f"{images.shape[1]} channels"
             )
         if not (self.crop or self.flip or self.rotate):
@@ -83,9 +83,9 @@ class Augment:
         inside = inside & (y >= 0) & (y < H) & (x >= 0) & (x < W)
         index = (y.clamp(0, H - 1) * W + x.clamp(0, W - 1)).expand(N, H, W).reshape(N, 1, H * W)
         moved = images.flatten(2).gather(2, index.expand(-1, images.shape[1], -1))
-        return torch.where(
-            inside.expand(N, H, W)[:, None], moved.view_as(images), fill[:, None, None]
-        )
+        # Filled on the device, number by number: a copy there would make each step wait for it.
+        fill = torch.stack([images.new_full((1, 1), value) for value in values])
+        return torch.where(inside.expand(N, H, W)[:, None], moved.view_as(images), fill)
 
     def _rotated(
         self, y: Tensor, x: Tensor, turn: Tensor, H: int, W: int

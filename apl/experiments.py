@@ -1,4 +1,4 @@
-"""Many runs on digits: what is trained is a list of settings, what comes back is one table."""
+"""Many runs under one protocol: what is trained is a list of settings, what comes back a table."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ import torch
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-from apl import data, models, noise
-from apl.losses import loss
-from apl.training import train
+from apl.protocols import Protocol
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One training run on digits.
+    """One training run.
 
     ``seed`` draws the wrong labels, the network's weights and the order of the samples. With
     ``hold_out`` the run trains on the rest and is evaluated on that fraction of the *training*
-    set, with its wrong labels: for choosing settings without looking at the test set.
+    set, with its wrong labels: for choosing settings without looking at the test set. Where ``lr``
+    or ``epochs`` is None, or a parameter of the loss is not named, the protocol's is taken.
 
     Examples
     --------
@@ -34,9 +33,9 @@ class Setting:
     loss: str
     noise: str = "symmetric"
     rate: float = 0.0
-    lr: float = 0.01
+    lr: float | None = None
     seed: int = 0
-    epochs: int = 50
+    epochs: int | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     hold_out: float = 0.0
 
@@ -45,46 +44,42 @@ class Setting:
         """The loss and its parameters, for tables and figures."""
         return ", ".join([self.loss, *(f"{k}={v:g}" for k, v in self.parameters.items())])
 
-    @property
-    def transition_matrix(self) -> torch.Tensor:
-        """The noise as a matrix."""
-        if self.noise == "symmetric":
-            return noise.symmetric(10, self.rate)
-        if self.noise == "asymmetric":
-            return noise.asymmetric("digits", self.rate)
-        raise ValueError(f"noise is {self.noise!r}: it must be 'symmetric' or 'asymmetric'")
 
-
-def run_one(setting: Setting) -> pd.DataFrame:
+def run_one(setting: Setting, protocol: Protocol) -> pd.DataFrame:
     """The history of one run, with its setting in the first columns."""
-    torch.set_num_threads(1)  # the network is small; runs side by side use the cores better
-    digits = data.load("digits").with_noise(setting.transition_matrix, seed=setting.seed)
-    if setting.hold_out:
-        digits = digits.hold_out(setting.hold_out, seed=setting.seed)
-    history = train(
-        models.digits_net(setting.seed, width=128),
-        loss(setting.loss, **setting.parameters),
-        digits,
-        epochs=setting.epochs,
+    small = protocol.name == "digits"
+    if small:
+        torch.set_num_threads(1)  # runs side by side use the cores better
+    history = protocol.train(
+        setting.loss,
+        setting.noise,
+        setting.rate,
+        setting.seed,
+        setting.epochs,
         lr=setting.lr,
-        seed=setting.seed,
-        progress=False,
+        parameters=setting.parameters,
+        hold_out=setting.hold_out,
+        progress=False if small else None,
     )
     columns = {
         "loss": setting.loss,
         "label": setting.label,
         "noise": setting.noise if setting.rate else "clean",
         "rate": setting.rate,
-        "lr": setting.lr,
+        "lr": protocol.settings(setting.loss, lr=setting.lr)["lr"],
         "seed": setting.seed,
     }
     return pd.concat([pd.DataFrame([columns] * len(history)), history], axis=1)
 
 
-def run(settings: Iterable[Setting], *, jobs: int | None = None) -> pd.DataFrame:
-    """Train every setting, several at a time, and return all histories in one table.
+def run(
+    settings: Iterable[Setting], *, protocol: Protocol | None = None, jobs: int | None = None
+) -> pd.DataFrame:
+    """Train every setting, and return all histories in one table.
 
-    The numbers do not depend on ``jobs``, by default one for each processor.
+    The protocol is that of digits unless one is given. On digits runs go side by side, by default
+    one for each processor, and the numbers do not depend on ``jobs``; on the paper's data sets one
+    run keeps the device busy, and by default they go one after the other.
 
     Examples
     --------
@@ -92,12 +87,14 @@ def run(settings: Iterable[Setting], *, jobs: int | None = None) -> pd.DataFrame
     >>> list(table["loss"])
     ['ce', 'mae']
     """
-    settings = list(settings)
+    settings, protocol = list(settings), protocol or Protocol.of("digits")
     for setting in settings:  # a wrong name or rate is said before any run starts
-        loss(setting.loss, **setting.parameters)
-        _ = setting.transition_matrix
-    done = Parallel(n_jobs=jobs or os.cpu_count(), return_as="generator")(
-        delayed(run_one)(setting) for setting in settings
+        T = protocol.transition_matrix(setting.noise, setting.rate)
+        every_class = torch.arange(len(T))
+        protocol.loss(setting.loss, setting.noise, given=every_class, **setting.parameters)
+    jobs = jobs or (os.cpu_count() if protocol.name == "digits" else 1)
+    done = Parallel(n_jobs=jobs, return_as="generator")(
+        delayed(run_one)(setting, protocol) for setting in settings
     )
     bar = {"disable": True} if "CI" in os.environ else {}
     return pd.concat(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pandas as pd
 import torch
@@ -15,6 +16,18 @@ from apl.data import Dataset
 from apl.noise import generator
 
 
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """Only such cuDNN kernels as give the same numbers each time; the choice is put back."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
+@_repeatable()
 def train(
     model: nn.Module,
     loss: Callable[[Tensor, Tensor], Tensor],
@@ -23,27 +36,40 @@ def train(
     epochs: int,
     lr: float,
     batch_size: int = 128,
+    eval_batch_size: int = 1024,
     momentum: float = 0.9,
+    nesterov: bool = False,
     weight_decay: float = 0.0,
+    eta_min: float = 0.0,
     clip: float = 5.0,
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> pd.DataFrame:
     """Train on the given labels with SGD and a cosine schedule; return a table, one row an epoch.
 
-    So small a network as the digits' trains fastest on one core: ``torch.set_num_threads(1)``.
+    Everything stays on the data's device, and a step does not wait for it: the running loss is read
+    once an epoch. So small a network as the digits' trains fastest on one core:
+    ``torch.set_num_threads(1)``.
 
     Parameters
     ----------
     model, loss, data
         the network (trained in place, on the data's device), the loss of logits and labels, and
         the data set, whose ``given`` labels are trained on
-    epochs, lr, batch_size, momentum, weight_decay
-        of SGD; the learning rate falls from ``lr`` to 0 along a cosine, a step each epoch
+    epochs, lr, batch_size, momentum, nesterov, weight_decay
+        of SGD; the last batch of an epoch is the smaller rest
+    eta_min
+        where the learning rate ends: it falls from ``lr`` along a cosine, a step after each epoch
     clip
         the largest norm of the gradient over all parameters
+    augment
+        changes the images of a batch at random, see :mod:`apl.augment`; for training only
+    eval_batch_size
+        how many images are predicted at once; it changes the speed and the memory, not the task
     seed
-        of the order of the samples; the same seed gives the same numbers on the same device
+        of the order of the samples and of the augmentation; the same seed gives the same numbers on
+        the same device
     progress
         whether to show a progress bar; by default it shows, unless CI or TQDM_DISABLE is set
 
@@ -69,9 +95,11 @@ def train(
     """
     model.to(data.device)
     weights = list(model.parameters())
-    optimizer = torch.optim.SGD(weights, lr, momentum, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    optimizer = torch.optim.SGD(weights, lr, momentum, weight_decay=weight_decay, nesterov=nesterov)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min)
     order = generator(seed, stream=2)
+    # On the data's device, so that a step needs no copy to it.
+    draws = torch.Generator(data.device).manual_seed(generator(seed, stream=3).initial_seed())
     bar = {} if progress is None and "CI" not in os.environ else {"disable": not progress}
     rows = []
     for epoch in trange(epochs, leave=False, unit="epoch", **bar):
@@ -79,7 +107,8 @@ def train(
         total = torch.zeros((), device=data.device)
         shuffled = torch.randperm(len(data.given), generator=order).to(data.device)
         for batch in shuffled.split(batch_size):
-            batch_loss = loss(model(data.images[batch]), data.given[batch])
+            images = data.images[batch] if augment is None else augment(data.images[batch], draws)
+            batch_loss = loss(model(images), data.given[batch])
             optimizer.zero_grad()
             batch_loss.backward()
             clip_grad_norm_(weights, clip)
@@ -89,9 +118,12 @@ def train(
         train_loss = total.item() / len(data.given)
         if not abs(train_loss) < float("inf"):
             raise FloatingPointError(f"the training loss is {train_loss} in epoch {epoch + 1}")
-        test = (predict(model, data.test_images) == data.test_labels).float().mean().item()
+        predicted, on_training_set = (
+            predict(model, x, eval_batch_size) for x in (data.test_images, data.images)
+        )
+        test = (predicted == data.test_labels).float().mean().item()
         row = {"epoch": epoch + 1, "train_loss": train_loss, "test_accuracy": test}
-        rows.append(row | memorization(predict(model, data.images), data))
+        rows.append(row | memorization(on_training_set, data))
     return pd.DataFrame(rows)
 
 

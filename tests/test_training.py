@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pandas as pd
 import pytest
@@ -143,3 +144,139 @@ def test_a_run_that_holds_out_does_not_touch_the_test_set():
 def test_a_bad_setting_is_said_before_anything_runs(setting, sentence):
     with pytest.raises(ValueError, match=sentence):
         run([Setting("ce", epochs=10_000), setting], jobs=1)
+
+
+# --- what the paper's recipes add ---------------------------------------------------------------
+
+
+def test_the_learning_rate_ends_at_its_floor(monkeypatch):
+    rates = []
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(
+        torch.optim.SGD,
+        "step",
+        lambda self, *a, **k: (rates.append(self.param_groups[0]["lr"]), step(self, *a, **k))[1],
+    )
+    history(epochs=5, lr=0.01, eta_min=0.001, batch_size=1297)
+    expected = [0.001 + 0.009 * (1 + math.cos(math.pi * e / 5)) / 2 for e in range(5)]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("nesterov", "factor"), [(False, 1.0), (True, 1.9)])
+def test_one_step_of_sgd_with_weight_decay(nesterov, factor):
+    model = apl.models.digits_net(0)
+    before = [w.detach().clone() for w in model.parameters()]
+    train(
+        model,
+        lambda logits, target: 0 * logits.sum(),
+        NOISY,
+        epochs=1,
+        lr=0.1,
+        nesterov=nesterov,
+        weight_decay=0.01,
+        batch_size=1297,
+        progress=False,
+    )
+    for now, then in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(now.detach(), then * (1 - factor * 0.1 * 0.01))
+
+
+class Watched(torch.nn.Module):
+    """A network that keeps what it is shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.seen = apl.models.digits_net(0), []
+
+    def forward(self, images):
+        self.seen.append((self.training, images.clone()))
+        return self.inner(images)
+
+
+def test_augmentation_is_random_seeded_and_for_training_only():
+    flip = apl.augment.Augment(flip=True)
+    shown = {}
+    for seed in (0, 0, 1):
+        model = Watched()
+        train(model, apl.CE(), NOISY, epochs=2, lr=0.01, augment=flip, seed=seed, progress=False)
+        training = torch.cat([images for is_training, images in model.seen if is_training])
+        if seed in shown:
+            assert torch.equal(shown[seed], training)
+        shown[seed] = training
+    plain = Watched()
+    train(plain, apl.CE(), NOISY, epochs=2, lr=0.01, progress=False)
+    unchanged = torch.cat([images for is_training, images in plain.seen if is_training])
+    kept = (shown[0] == unchanged).flatten(1).all(1)  # the order is the same with and without
+    assert torch.equal(shown[0][~kept], unchanged[~kept].flip(-1))
+    assert 0.4 < kept.float().mean() < 0.6
+    assert not torch.equal(kept[:1297], kept[1297:])
+    assert not torch.equal(shown[0], shown[1])
+    tested = torch.cat([images for is_training, images in model.seen if not is_training])
+    assert torch.equal(tested, torch.cat([NOISY.test_images, NOISY.images] * 2))
+
+
+def test_augmentation_that_changes_nothing_changes_nothing():
+    pd.testing.assert_frame_equal(history(augment=apl.augment.paper("digits")), history())
+
+
+def test_the_batches_of_an_evaluation_are_as_large_as_asked():
+    model = Watched()
+    train(model, apl.CE(), NOISY, epochs=1, lr=0.01, eval_batch_size=500, progress=False)
+    sizes = [len(images) for is_training, images in model.seen if not is_training]
+    assert sizes == [500] + [500, 500, 297]
+
+
+def test_a_step_does_not_wait_for_the_device():
+    # Each of these reads a value that the device has yet to compute.
+    waiting = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"}
+
+    def waits(batch_size):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            history(
+                epochs=1,
+                batch_size=batch_size,
+                loss=apl.paper_loss("cifar10", "nce+rce"),
+                augment=apl.augment.Augment(crop=1, flip=True, rotate=10.0),
+            )
+        return sum(event.count for event in profile.key_averages() if event.key in waiting)
+
+    assert waits(100) == waits(1297) > 0
+
+
+def test_cudnn_is_left_as_it_was(monkeypatch):
+    inside = []
+
+    def spy(logits, target):
+        inside.append(torch.backends.cudnn.deterministic)
+        return apl.CE()(logits, target)
+
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    history(loss=spy, epochs=1)
+    assert set(inside) == {True}
+    assert not torch.backends.cudnn.deterministic
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_step_does_not_wait_and_runs_repeat():
+    data = NOISY.to("cuda")
+    rotate = apl.augment.Augment(crop=1, flip=True, rotate=10.0, fill=(0.5,))
+    loss = apl.paper_loss("cifar10", "nce+rce")
+
+    def waits(batch_size):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                history(data=data, epochs=1, batch_size=batch_size, augment=rotate, loss=loss)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchron" in str(one.message) for one in caught)
+
+    history(data=data, epochs=1)  # the first run also waits for what is set up once
+    assert waits(100) == waits(1297) > 0
+    pd.testing.assert_frame_equal(
+        history(data=data, augment=rotate, loss=loss),
+        history(data=data, augment=rotate, loss=loss),
+        check_exact=True,
+    )

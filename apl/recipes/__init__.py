@@ -1,13 +1,17 @@
-"""What the paper's runs were set to, as a data file with the origin of every value.
+"""What the paper's runs were set to, as data files with the origin of every value.
 
-``losses.csv``, beside this file, has one row for each value: source, data set, kind of noise, loss,
-parameter, value, origin. The sources:
+``losses.csv``, beside this file, has one row for each value of a loss: source, data set, kind of
+noise, loss, parameter, value, origin. ``protocols.csv`` has the rest of a run, the network, the
+optimizer and the noise procedure, in the same way; a row with a loss is an exception for that loss.
+The sources:
 
 - ``"code"``: the configuration files of the official code as it stands (commit 04bce53 of
   HanxunH/Active-Passive-Losses).
 - ``"2020"``: the job scripts of February 2020 (its commit 89fa39a), which the published numbers go
   back to; what a script does not pass has the default of ``train.py``.
-- ``"followers"``: what later papers ran the same losses with, from their public repositories.
+- ``"followers"``: what later papers ran the same losses with, from their public repositories; for
+  losses only.
+- ``"book"``: this book's own runs on digits; for protocols only.
 
 Where a source contradicts itself, the file holds one choice:
 
@@ -35,7 +39,7 @@ from functools import lru_cache
 from importlib import resources
 from types import MappingProxyType
 
-__all__ = ["Recipe", "recipe", "recipes"]
+__all__ = ["Recipe", "protocol_rows", "recipe", "recipes"]
 
 _COLUMNS = ("source", "dataset", "noise", "loss")
 
@@ -65,8 +69,7 @@ def recipes() -> tuple[Recipe, ...]:
     True
     """
     rows: dict[tuple[str, str, str, str], dict[str, tuple[str, str]]] = {}
-    file = resources.files(__name__).joinpath("losses.csv")
-    for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()):
+    for row in _read("losses.csv"):
         key = row["source"], row["dataset"], row["noise"], row["loss"]
         found = rows.setdefault(key, {})
         found[row["parameter"]] = row["value"], row["origin"]
@@ -116,6 +119,21 @@ def recipe(dataset: str, loss: str, noise: str = "symmetric", source: str = "cod
         if not left:
             raise ValueError(_unknown(given, i, known))
     return left[0]
+
+
+@lru_cache(maxsize=1)
+def protocol_rows() -> tuple[Mapping[str, str], ...]:
+    """Every row of ``protocols.csv``, in the order of the file; ``loss`` is "" for all losses.
+
+    >>> [row["value"] for row in protocol_rows() if row["parameter"] == "nesterov"].count("true")
+    1
+    """
+    return tuple(MappingProxyType(row) for row in _read("protocols.csv"))
+
+
+def _read(name: str) -> list[dict[str, str]]:
+    file = resources.files(__name__).joinpath(name)
+    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
 
 
 def _unknown(given: tuple[str, ...], i: int, known: Iterable[str]) -> str:

@@ -1,0 +1,292 @@
+"""What a chapter trains: digits on a CPU, the paper's own data set and recipe on a GPU.
+
+The numbers, and where each of them is written, are in ``protocols.csv`` of :mod:`apl.recipes`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from apl import augment, models, paper
+from apl import noise as noises
+from apl.data import Dataset, load
+from apl.losses import loss as catalog_loss
+from apl.recipes import protocol_rows
+from apl.training import train
+from apl.vision import SETS
+
+__all__ = ["NAMES", "SOURCES", "Protocol", "protocol"]
+
+NAMES = tuple(dict.fromkeys(row["dataset"] for row in protocol_rows()))
+"""The data sets that have a protocol."""
+
+SOURCES = ("code", "2020")
+"""Where the paper's protocols may be taken from, see :mod:`apl.recipes`."""
+
+_ORIGIN = {
+    "book": "this book's own settings",
+    "code": "as in the official code",
+    "2020": "as in the authors' scripts of February 2020",
+}
+_TYPES: Mapping[str, Any] = {
+    **dict.fromkeys(("epochs", "batch_size", "eval_batch_size"), int),
+    **dict.fromkeys(("lr", "momentum", "weight_decay", "eta_min", "clip", "cpu_seconds"), float),
+    **dict.fromkeys(("network", "procedure"), str),
+    "nesterov": lambda text: {"true": True, "false": False}[text],
+    "seeds": lambda text: tuple(map(int, text.split())),
+}
+_SETTINGS = (
+    *("epochs", "batch_size", "eval_batch_size", "lr", "momentum", "nesterov", "weight_decay"),
+    *("eta_min", "clip"),
+)
+
+
+@dataclass(frozen=True, repr=False)
+class Protocol:
+    """How a data set is trained on. What is to be compared, the loss, is left open.
+
+    SGD, gradients clipped at norm ``clip``, a learning rate that falls from ``lr`` to ``eta_min``
+    along one cosine over all epochs; the augmentation is :func:`apl.augment.paper`'s. The
+    ``procedure`` that makes labels wrong is "official", the official code's with its flaws, or
+    "matrix", exact counts by a transition matrix. ``exceptions`` are what differs for a loss:
+    NLNL's number of epochs above all. ``cpu_seconds`` is about what an epoch takes without a GPU,
+    ``root`` the folder of the data set, see :func:`apl.data.load`.
+
+    Examples
+    --------
+    >>> digits = Protocol.of("digits")
+    >>> digits
+    Protocol('digits', 'book', digits_net, 60 epochs, cpu)
+    >>> digits.train("nce+mae", rate=0.6, epochs=1)["epoch"].tolist()
+    [1]
+    """
+
+    name: str
+    source: str
+    network: str
+    epochs: int
+    batch_size: int
+    eval_batch_size: int
+    lr: float
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    eta_min: float
+    clip: float
+    procedure: str
+    seeds: tuple[int, ...]
+    cpu_seconds: float
+    exceptions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    device: str = "cpu"
+    root: str | Path | None = None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        *,
+        source: str = "code",
+        epochs: int | None = None,
+        root: str | Path | None = None,
+    ) -> Protocol:
+        """The protocol of a data set, in silence; the arguments are those of :func:`protocol`."""
+        if name not in NAMES:
+            raise ValueError(f"no protocol {name!r}; there is {', '.join(NAMES)}")
+        if source not in SOURCES:
+            raise ValueError(f"no source of protocols {source!r}; there is {', '.join(SOURCES)}")
+        source = "book" if name == "digits" else source
+        by_loss: dict[str, dict[str, Any]] = {}
+        for row in protocol_rows():
+            if (row["dataset"], row["source"]) == (name, source):
+                value = _TYPES[row["parameter"]](row["value"])
+                by_loss.setdefault(row["loss"], {})[row["parameter"]] = value
+        settings = by_loss.pop("")
+        if epochs is not None:  # for every loss
+            settings["epochs"] = epochs
+            for exception in by_loss.values():
+                exception.pop("epochs", None)
+        # A network as small as the digits' gains nothing from a GPU.
+        device = "cuda" if name != "digits" and torch.cuda.is_available() else "cpu"
+        return cls(name, source, **settings, exceptions=by_loss, device=device, root=root)
+
+    @property
+    def title(self) -> str:
+        """The data set's name for figures."""
+        return SETS[self.name].title if self.name in SETS else self.name.capitalize()
+
+    def loss(
+        self,
+        name: str,
+        noise: str = "symmetric",
+        *,
+        given: Tensor | None = None,
+        seed: int = 0,
+        **parameters: Any,
+    ) -> nn.Module:
+        """A loss by name: :func:`apl.paper_loss` on the paper's data sets, else :func:`apl.loss`.
+
+        ``given`` and ``seed`` are for the paper's NLNL. Raises as these two.
+        """
+        if self.source == "book":
+            return catalog_loss(name, **parameters)
+        return paper.paper_loss(
+            self.name, name, noise, source=self.source, given=given, seed=seed, **parameters
+        )
+
+    def transition_matrix(self, noise: str = "symmetric", rate: float = 0.0) -> Tensor:
+        """The noise as a matrix, which the official procedure meets only roughly: (K, K).
+
+        Raises: ValueError for another kind than "symmetric" and "asymmetric", a rate outside 0..1.
+        """
+        if noise == "symmetric":
+            return noises.symmetric(100 if self.name == "cifar100" else 10, rate)
+        if noise == "asymmetric":
+            return noises.asymmetric(self.name, rate)
+        raise ValueError(f"noise is {noise!r}: it must be 'symmetric' or 'asymmetric'")
+
+    def data(self, noise: str = "symmetric", rate: float = 0.0, seed: int = 0) -> Dataset:
+        """The data set on the device, with wrong labels in its training part.
+
+        Raises: as :meth:`transition_matrix` and :func:`apl.data.load`.
+        """
+        T = self.transition_matrix(noise, rate)
+        clean = _load(self.name, self.device, self.root)
+        if self.procedure == "matrix":
+            return clean.with_noise(T, seed)
+        return replace(clean, given=noises.official(self.name, clean.labels, noise, rate, seed))
+
+    def model(self, seed: int = 0) -> nn.Module:
+        """The network with the initial weights of a seed."""
+        # Half of its default width: the digits' network still memorizes every wrong label.
+        options = {"width": 128} if self.network == "digits_net" else {}
+        network: nn.Module = getattr(models, self.network)(seed, **options)
+        return network
+
+    def settings(
+        self, loss: str = "", *, epochs: int | None = None, lr: float | None = None
+    ) -> dict[str, Any]:
+        """Keyword arguments for :func:`apl.training.train`, all but the seed; ``loss`` by name.
+
+        >>> cifar10 = Protocol.of("cifar10")
+        >>> cifar10.settings()["epochs"], cifar10.settings("nlnl")["epochs"]
+        (120, 1000)
+        """
+        own = {name: getattr(self, name) for name in _SETTINGS}
+        own |= {"augment": augment.paper(self.name), **self.exceptions.get(loss.lower(), {})}
+        changes = {"epochs": epochs, "lr": lr}
+        return own | {name: value for name, value in changes.items() if value is not None}
+
+    def train(
+        self,
+        loss: str,
+        noise: str = "symmetric",
+        rate: float = 0.0,
+        seed: int = 0,
+        epochs: int | None = None,
+        *,
+        lr: float | None = None,
+        parameters: Mapping[str, Any] | None = None,
+        hold_out: float = 0.0,
+        progress: bool | None = None,
+    ) -> pd.DataFrame:
+        """Train once and return the history, see :func:`apl.training.train`.
+
+        Parameters
+        ----------
+        loss, noise, rate
+            the loss by name, the kind and the rate of the noise
+        seed
+            of the wrong labels, the initial weights, the order of samples and the augmentation
+        epochs, lr, parameters
+            to replace the protocol's; in a shorter run the cosine spans the shorter run
+        hold_out
+            the fraction of the training set to evaluate on, with its wrong labels, instead of the
+            test set
+        """
+        data = self.data(noise, rate, seed)
+        if hold_out:
+            data = data.hold_out(hold_out, seed)
+        function = self.loss(loss, noise, given=data.given, seed=seed, **(parameters or {}))
+        settings = self.settings(loss, epochs=epochs, lr=lr)
+        return train(self.model(seed), function, data, seed=seed, progress=progress, **settings)
+
+    def __repr__(self) -> str:
+        return (
+            f"Protocol({self.name!r}, {self.source!r}, {self.network}, {self._length}, "
+            f"{self.device})"
+        )
+
+    def __str__(self) -> str:
+        what = f"{self.title} on {self.device}, {_ORIGIN[self.source]}: {self.network}"
+        run = f"{what}, {self._length} a run"
+        if self.device != "cpu":
+            return f"{run}; how long one takes, the progress bar says after its first epoch"
+        time = f"{run}, about {_duration(self.epochs * self.cpu_seconds)} on"
+        if self.name == "digits":
+            return f"{time} one core"
+        return f"{time} two cores: it is meant for a GPU"
+
+    @property
+    def _length(self) -> str:
+        return f"{self.epochs} epoch{'' if self.epochs == 1 else 's'}"
+
+
+def protocol(
+    name: str | None = None,
+    *,
+    source: str = "code",
+    epochs: int | None = None,
+    root: str | Path | None = None,
+) -> Protocol:
+    """What to train here; it prints what was picked, where it runs and how long that takes.
+
+    Parameters
+    ----------
+    name
+        "digits", "mnist", "cifar10" or "cifar100"; by default what the environment variable
+        ``APL_PROTOCOL`` names, else "cifar10" where there is a GPU and "digits" where there is none
+    source
+        "code" or "2020", whose settings the paper's data sets get, see :mod:`apl.recipes`; digits
+        have one protocol only
+    epochs
+        for shorter runs than the protocol's; the learning rate then falls within them
+    root
+        the folder of the data set, see :func:`apl.data.load`
+
+    Raises
+    ------
+    ValueError
+        for an unknown name or source; it lists those there are
+
+    Examples
+    --------
+    >>> digits = protocol("digits")
+    Digits on cpu, this book's own settings: digits_net, 60 epochs a run, about ...
+    """
+    if name is None and (name := os.environ.get("APL_PROTOCOL")) and name not in NAMES:
+        raise ValueError(f"no protocol {name!r} (from APL_PROTOCOL); there is {', '.join(NAMES)}")
+    name = name or ("cifar10" if torch.cuda.is_available() else "digits")
+    found = Protocol.of(name, source=source, epochs=epochs, root=root)
+    print(found)
+    return found
+
+
+@lru_cache(maxsize=1)
+def _load(name: str, device: str, root: str | Path | None) -> Dataset:
+    return load(name, device=device, root=root)
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second"
