@@ -112,7 +112,7 @@ _SINGLE = {entry.name: entry for entry in _PLAIN + _NORMALIZED}
 APL = ("nce+mae", "nce+rce", "nfl+mae", "nfl+rce", "ngce+mae", "ngce+rce")
 """The Active Passive Losses."""
 ABLATIONS = ("nfl+nce", "mae+rce", "gce+mae", "gce+rce", "gce+nce", "ngce+nce")
-"""The paper's other sums: active + active, passive + passive, and GCE with each."""
+"""The paper's other sums, active + active, passive + passive, and GCE with each."""
 
 
 def _sum(name: str) -> Entry:

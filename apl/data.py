@@ -89,7 +89,7 @@ class Dataset:
 
     @property
     def corrupted(self) -> Tensor:
-        """Which training samples have a wrong given label: (N,) bool."""
+        """Which training samples have a wrong given label, as (N,) bool."""
         return self.given != self.labels
 
     @property

@@ -1,4 +1,4 @@
-"""The losses as ``nn.Module``s, by name or composed, with the signature of ``F.cross_entropy``."""
+"""The losses as modules of torch, by name or composed, called as ``F.cross_entropy`` is."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _CIFAR10 = ((9, 1), (2, 0), (3, 5), (5, 3), (4, 7))
 RING: Mapping[int, int] = MappingProxyType(
     {i: i // 5 * 5 + (i + 1) % 5 for i in range(CLASSES["cifar100"])}
 )
-"""CIFAR-100's wrong label for each class: rings of five *consecutive* fine labels.
+"""CIFAR-100's wrong label for each class, in rings of five *consecutive* fine labels.
 
 Fine labels are alphabetical, so this is not the superclass the rings are named for: 6 of the 100
 steps stay in one.

@@ -75,13 +75,11 @@ def read(name: str, root: Path | None = None) -> tuple[Pixels, Pixels]:
     Raises
     ------
     FileNotFoundError
-        for a named folder that does not exist
+        for a named folder that does not exist; like the others it says what to do
     ConnectionError
         where it is not in the folder and cannot be downloaded
     RuntimeError
         where its files are broken
-
-    Each says what to do.
     """
     source = SETS[name]
     if root is not None and not root.is_dir():

@@ -20,8 +20,11 @@ import subprocess
 import sys
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
 import yaml
+
+import pdf
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "_build"
@@ -57,6 +60,15 @@ def jupyter_book(*arguments: str) -> int:
     return subprocess.run([program, "build", ".", *options], cwd=ROOT).returncode
 
 
+def stored() -> dict[str, Any]:
+    """Return the book's settings for a build elsewhere that executes nothing."""
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    config["execute"]["execute_notebooks"] = "off"
+    local = config["sphinx"]["local_extensions"]  # beside the settings, for Jupyter Book
+    config["sphinx"]["local_extensions"] = {name: str(ROOT / path) for name, path in local.items()}
+    return config
+
+
 def main() -> int:
     """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser(description="Build the book into _build/html.")
@@ -65,15 +77,21 @@ def main() -> int:
         action="store_true",
         help="render the stored outputs without executing anything, into _build/check",
     )
-    if not parser.parse_args().stored:
+    parser.add_argument(
+        "--pdf",
+        action="store_true",
+        help="typeset the stored outputs with LaTeX, into _build/pdf/normalized-losses.pdf",
+    )
+    arguments = parser.parse_args()
+    if arguments.pdf:
+        return pdf.build(jupyter_book, stored())
+    if not arguments.stored:
         freshen()
         return jupyter_book()  # which ends by saying where to open the book
 
     check = BUILD / "check"
     check.mkdir(parents=True, exist_ok=True)
-    config = yaml.safe_load((ROOT / "_config.yml").read_text())
-    config["execute"]["execute_notebooks"] = "off"
-    (check / "_config.yml").write_text(yaml.safe_dump(config))
+    (check / "_config.yml").write_text(yaml.safe_dump(stored()))
     return jupyter_book(
         *("--config", str(check / "_config.yml")),
         *("--toc", str(ROOT / "_toc.yml")),
