@@ -14,10 +14,12 @@ unexport MPLBACKEND
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 export TQDM_DISABLE := 1
 export IPYTHONDIR := $(CURDIR)/_build/ipython
+# The chapters are stored, and tested, as they run on digits, also where there is a GPU.
+export APL_PROTOCOL ?= digits
 KERNEL := _build/ipython/profile_default/ipython_kernel_config.py
 
 .DELETE_ON_ERROR:
-.PHONY: help book test notebooks clean
+.PHONY: help book pdf test notebooks address clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -37,23 +39,29 @@ $(KERNEL):
 book: $(INSTALLED) $(KERNEL) ## execute the chapters and render the book into _build/html
 	@$(BIN)/python book/tools/build.py
 
+pdf: $(INSTALLED) ## typeset the stored chapters with LaTeX: _build/pdf/normalized-losses.pdf
+	@$(BIN)/python book/tools/build.py --pdf
+
 test: $(INSTALLED) $(KERNEL) ## everything that is checked: style, types, units, chapters, rendering
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest -n auto --maxprocesses 4
-	# Chapters: every cell runs, and cells tagged nbval-check-output give what is stored. Here
-	# warnings are the kernel machinery's, not ours, and the cells of a chapter share a process.
-	$(BIN)/pytest -o addopts= -o filterwarnings=default --disable-warnings -q \
-	  --nbval-lax --nbval-current-env --nbval-cell-timeout 900 -n 2 --dist loadscope book/*.ipynb
+	# Chapters: every cell runs, and cells tagged nbval-check-output give what is stored; with the
+	# wheel, in an environment of its own, from an empty folder outside the repository.
+	$(BIN)/python book/tools/outside.py
 	$(BIN)/python book/tools/build.py --stored
-	# The pages just rendered, in Chromium: the system's, or `playwright install chromium`.
+	# The pages just rendered, in Chromium: the system's, or `playwright install chromium`; and
+	# the PDF, where there is TeX.
 	$(BIN)/pytest -q tests/browser
 
 notebooks: $(INSTALLED) $(KERNEL) ## execute every chapter in place and store it with its outputs
 	@$(BIN)/ruff check --quiet --fix book
 	@$(BIN)/ruff format --quiet book
 	@$(BIN)/python book/tools/store.py
+
+address: $(INSTALLED) ## put the public address everywhere: URL=https://github.com/OWNER/NAME
+	@$(BIN)/python book/tools/address.py $(if $(filter command,$(origin URL)),'$(URL)')
 
 clean: ## remove what was built, but not the environment
 	rm -rf _build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -13,6 +14,11 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "book" / "tools"))
+
+import address
+import first_cell
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "book"
@@ -118,6 +124,17 @@ def test_every_citation_has_an_entry():
 
 def test_there_are_chapters():
     assert NOTEBOOKS
+
+
+@each_notebook
+def test_first_code_cell_installs_the_package(path):
+    (cell, *others) = code_cells(path)
+    assert cell.source == first_cell.source(address.requirement(address.kept())), (
+        "run `make address`"
+    )
+    assert {"remove-cell"} | SKIPPED <= tags(cell)
+    assert (cell.execution_count, cell.outputs) == (None, [])
+    assert not any(first_cell.is_first_cell(other) for other in others)
 
 
 @each_notebook

@@ -4,6 +4,8 @@ GitHub and Colab show what is stored, so every chapter is committed executed. Wh
 machine or the moment and not on the chapter (timings, kernel and interpreter versions) is left
 out: storing an unchanged chapter twice gives the same file.
 
+A new chapter gets the first cell that all chapters have: see first_cell.py.
+
 A chapter that raises, or that writes to stderr, is not stored.
 """
 
@@ -19,6 +21,9 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+
+import address
+import first_cell
 
 BOOK = Path(__file__).resolve().parents[1]
 # The image the cell with this tag shows is also the README's figure.
@@ -64,6 +69,7 @@ def clean(notebook: nbformat.NotebookNode) -> None:
 def execute(path: Path, timeout: int) -> nbformat.NotebookNode:
     """Return the notebook executed from top to bottom in a fresh kernel, in the book's folder."""
     notebook = nbformat.read(path, as_version=4)
+    first_cell.put(notebook, address.requirement(address.kept()))
     client = NotebookClient(
         notebook,
         timeout=timeout,
