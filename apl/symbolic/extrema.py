@@ -8,6 +8,7 @@ a first or second derivative on (0, 1); where SymPy cannot tell the sign, the an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from sympy import (
     Add,
@@ -184,6 +185,7 @@ def _of_normalized(ratio: Expr, *, upper: bool) -> _Bound | None:
     return None
 
 
+@cache
 def _limit(h: Expr, end: int) -> Expr | None:
     try:
         value = limit(h, _x, end, "+" if end == 0 else "-")
@@ -192,6 +194,7 @@ def _limit(h: Expr, end: int) -> Expr | None:
     return value if value.is_extended_real and not value.has(_x) else None
 
 
+@cache
 def _sign(function: Expr) -> int | None:
     """1, -1 or 0 if the function has that sign on all of (0, 1), else None."""
     if function.has(AppliedUndef):
