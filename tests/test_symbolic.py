@@ -22,6 +22,7 @@ from apl.symbolic import (
     p_y,
     pointwise,
     sum_over_labels,
+    weight,
 )
 
 h = Function("h", positive=True)
@@ -94,3 +95,13 @@ def test_formulas_are_set_as_in_the_book():
 def test_the_symbolic_room_does_not_import_torch():
     code = "import sys, apl.catalog; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", [name for name in catalog.CATALOG if "+" in name])
+def test_weights_of_sums_add_up(name):
+    first, second = (weight(catalog.entry(part).expression) for part in name.split("+"))
+    found = weight(catalog.entry(name).expression)
+    if first is None or second is None:
+        assert found is None
+    else:
+        assert simplify(found - catalog.alpha * first - catalog.beta * second) == 0
