@@ -185,6 +185,15 @@ def test_notebook_reads_well_outside_the_book(path):
 
 
 @each_notebook
+def test_no_section_has_the_title_of_its_chapter(path):
+    # Jupyter Book's LaTeX builder would take the section for the chapter.
+    cells = nbformat.read(path, as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    titles = [title.strip() for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+    assert titles.count(titles[0]) == 1
+
+
+@each_notebook
 def test_no_proof_is_a_dropdown(path):
     # A proof has no title bar to click: the toggle script fails on it, and takes the solutions of
     # the page with it. A proof to fold is a `{dropdown}`.

@@ -44,8 +44,8 @@ def columns(widths: list[float]) -> str:
     """
     if sum(widths) + GAP * len(widths) <= LINE:
         return "l" * len(widths)
-    long = [j for j, w in enumerate(widths) if w > SHORT]
-    fixed = sum(w for w in widths if w <= SHORT) + GAP * len(widths)
+    long = [j for j, w in enumerate(widths) if w > SHORT] or list(range(len(widths)))
+    fixed = sum(w for j, w in enumerate(widths) if j not in long) + GAP * len(widths)
     shares = {j: widths[j] ** 0.5 for j in long}  # the longest column must not starve the others
     room = max(1 - fixed / LINE, 0.3) / sum(shares.values())
     return "".join(
