@@ -232,6 +232,14 @@ class _Negative(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_generators": {}}  # generators cannot be copied
 
+    def get_extra_state(self) -> dict[str, Tensor]:
+        return {str(device): rng.get_state() for device, rng in self._generators.items()}
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        self._generators = {torch.device(d): torch.Generator(d) for d in state}
+        for device, rng in self._generators.items():
+            rng.set_state(state[str(device)])
+
 
 def _parts(name: str, settings: Mapping[str, float]) -> list[tuple[float, nn.Module]]:
     """A loss by name as weighted terms."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from apl import augment, models, paper
 from apl import noise as noises
+from apl.checkpoints import Checkpoint
 from apl.data import Dataset, load
 from apl.losses import loss as catalog_loss
 from apl.recipes import protocol_rows
@@ -197,6 +198,7 @@ class Protocol:
         parameters: Mapping[str, Any] | None = None,
         hold_out: float = 0.0,
         progress: bool | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> pd.DataFrame:
         """Train once and return the history, see :func:`apl.training.train`.
 
@@ -211,13 +213,16 @@ class Protocol:
         hold_out
             the fraction of the training set to evaluate on, with its wrong labels, instead of the
             test set
+        progress, checkpoint
+            as in :func:`apl.training.train`
         """
         data = self.data(noise, rate, seed)
         if hold_out:
             data = data.hold_out(hold_out, seed)
         function = self.loss(loss, noise, given=data.given, seed=seed, **(parameters or {}))
         settings = self.settings(loss, epochs=epochs, lr=lr)
-        return train(self.model(seed), function, data, seed=seed, progress=progress, **settings)
+        settings |= {"seed": seed, "progress": progress, "checkpoint": checkpoint}
+        return train(self.model(seed), function, data, **settings)
 
     def __repr__(self) -> str:
         return (

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import trange
 
+from apl.checkpoints import Checkpoint
 from apl.data import Dataset
 from apl.noise import generator
 
@@ -45,6 +46,7 @@ def train(
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     seed: int = 0,
     progress: bool | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> pd.DataFrame:
     """Train on the given labels with SGD and a cosine schedule; return a table, one row an epoch.
 
@@ -72,6 +74,8 @@ def train(
         the same device
     progress
         whether to show a progress bar; by default it shows, unless CI or TQDM_DISABLE is set
+    checkpoint
+        where to keep a run that may be killed, and to continue it from; the numbers stay the same
 
     Returns
     -------
@@ -84,6 +88,8 @@ def train(
     ------
     FloatingPointError
         when the training loss is no longer finite
+    OutOfTime
+        where the deadline of the checkpoint does not leave the time for another epoch
 
     Examples
     --------
@@ -101,8 +107,12 @@ def train(
     # On the data's device, so that a step needs no copy to it.
     draws = torch.Generator(data.device).manual_seed(generator(seed, stream=3).initial_seed())
     bar = {} if progress is None and "CI" not in os.environ else {"disable": not progress}
-    rows = []
-    for epoch in trange(epochs, leave=False, unit="epoch", **bar):
+    rows: list[dict[str, float]] = []
+    if checkpoint is not None:
+        parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "loss": loss}
+        rows = checkpoint.resume(**parts, order=order, draws=draws)
+    done = len(rows)
+    for epoch in trange(done, epochs, initial=done, total=epochs, leave=False, unit="epoch", **bar):
         model.train()
         total = torch.zeros((), device=data.device)
         shuffled = torch.randperm(len(data.given), generator=order).to(data.device)
@@ -124,6 +134,8 @@ def train(
         test = (predicted == data.test_labels).float().mean().item()
         row = {"epoch": epoch + 1, "train_loss": train_loss, "test_accuracy": test}
         rows.append(row | memorization(on_training_set, data))
+        if checkpoint is not None:
+            checkpoint.after_epoch(rows, epochs)
     return pd.DataFrame(rows)
 
 

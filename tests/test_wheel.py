@@ -33,7 +33,7 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
     assert {Path(name).suffix for name in package} == {".py", ".csv", ".typed"}
     assert {"apl/__init__.py", "apl/py.typed", "apl/recipes/losses.csv"} <= package
     about = {name.split("/", 1)[1] for name in set(names) - package}
-    assert about == {"METADATA", "WHEEL", "RECORD", "licenses/LICENSE"}
+    assert about == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
 
 
 def test_the_environment_has_the_wheel_and_borrows_the_rest(wheel, tmp_path):

@@ -28,6 +28,9 @@ Where a source contradicts itself, the file holds one choice:
 
 The parameter ``runs`` is the loss that is really trained. In three configuration files of ``code``,
 for NGCE + RCE, it is NGCE + MAE.
+
+``published.csv`` has the accuracies that were published, in percent, and where: see
+:func:`published`.
 """
 
 from __future__ import annotations
@@ -38,10 +41,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-__all__ = ["Recipe", "protocol_rows", "recipe", "recipes"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Recipe", "protocol_rows", "published", "recipe", "recipes"]
 
 _COLUMNS = ("source", "dataset", "noise", "loss")
+_NUMBERS = ("rate", "mean", "std", "ddof", "runs")
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,55 @@ def protocol_rows() -> tuple[Mapping[str, str], ...]:
     1
     """
     return tuple(MappingProxyType(row) for row in _read("protocols.csv"))
+
+
+def published(
+    source: str | None = None, dataset: str | None = None, loss: str | None = None
+) -> pd.DataFrame:
+    """The accuracies that were published, one row a cell; of one source, data set or loss only.
+
+    ``mean`` and ``std`` are in percent, over ``runs`` seeds, at the last epoch. ``ddof`` is 0 where
+    ``std`` is known to be the population's, which divides by ``runs``; it and ``runs`` are empty
+    where the source does not say. A loss that is in the catalog has its name there, others have
+    their authors', and ``settings`` holds what the row is named for ("scale=10"). Left out are two
+    entries of a parameter study that are copies of others and no runs.
+
+    The sources:
+
+    - ``"ma2020-notebook"``: the authors' own result notebook (official commit fdd52a2). All nine
+      cells that could be compared with the printed tables agree with them.
+    - ``"ma2020-notebook-superseded"``: a week older, before MNIST was tuned again.
+    - ``"ma2020-printed-secondhand"``: cells of the printed tables, as a review quotes them; the
+      WebVision ones are here only.
+    - ``"wang2024-eps-softmax"``, ``"ou2023-curriculum"``: reruns in later papers.
+    - ``"zhou2021-quoted-by-ou2023"``, ``"jal2025-secondhand"``, ``"ye2023-secondhand"``: numbers of
+      later papers, as others quote them.
+
+    Raises
+    ------
+    ValueError
+        for a source, data set or loss that is not in the table; it lists those there are
+
+    Examples
+    --------
+    >>> table = published("ma2020-notebook", "cifar10", "nce+rce")
+    >>> table.query("noise == 'symmetric' and rate == 0.6")[["mean", "std", "runs"]].values.tolist()
+    [[79.78, 0.5, 3]]
+    """
+    import pandas as pd
+
+    file = resources.files(__name__).joinpath("published.csv")
+    with file.open(encoding="utf-8") as lines:
+        table = pd.read_csv(lines, keep_default_na=False, na_values={c: [""] for c in _NUMBERS})
+    table = table.astype({"ddof": "Int64", "runs": "Int64"})
+    for column, wanted in {"source": source, "dataset": dataset, "loss": loss}.items():
+        if wanted is not None:
+            chosen = table[table[column] == wanted]
+            if chosen.empty:
+                known = ", ".join(table[column].unique())
+                raise ValueError(f"nothing is published for {column} {wanted!r}; there is {known}")
+            table = chosen
+    return table.reset_index(drop=True)
 
 
 def _read(name: str) -> list[dict[str, str]]:

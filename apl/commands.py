@@ -1,0 +1,206 @@
+"""What the command ``apl`` does, one function for each of its commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from apl.campaign import Pace, duration, pending
+from apl.campaign import reproduce as run_all
+from apl.catalog import CATALOG
+from apl.comparison import compare as compare_records
+from apl.comparison import layout, summarize
+from apl.grid import Cell, grid
+from apl.protocols import NAMES, Protocol
+from apl.records import Record, RecordError, Store
+
+__all__ = ["COMMANDS", "compare", "list_", "reproduce", "train"]
+
+_say: Callable[[str], None] = partial(print, flush=True)
+
+
+def list_(options: Namespace) -> int:
+    """Print the losses, the data sets and their protocols, and what has been run."""
+    _say("losses")
+    for entry in CATALOG.values():
+        defaults = ", ".join(f"{name}={value:g}" for name, value in entry.parameters.items())
+        kind = f", {entry.kind}" if entry.kind else ""
+        _say(f"  {entry.name:<10} {entry.title}{kind}{f' ({defaults})' if defaults else ''}")
+    _say("\ndata sets (each with symmetric noise .2 to .8, asymmetric noise .1 to .4, and clean)")
+    for name in NAMES:
+        for source in ("code",) if name == "digits" else ("code", "2020"):
+            _say(f"  {Protocol.of(name, source=source)}")
+    records, wrong = Store(options.out).all()
+    _say(f"\nruns in {options.out}")
+    table = summarize(records)
+    for (dataset, source, epochs), rows in table.groupby(["dataset", "source", "epochs"]):
+        _say(
+            f"  {dataset} ({source}), {epochs} epochs: {rows['n'].sum()} runs, {len(rows)} cells, "
+            f"losses {' '.join(rows['loss'].unique())}"
+        )
+    if not records:
+        _say("  none")
+    _name(wrong)
+    return 0
+
+
+def train(options: Namespace) -> int:
+    """Do one run unless it is recorded, and print its last epoch."""
+    cell = Cell(
+        options.dataset,
+        options.loss,
+        options.noise,
+        options.rate,
+        options.seed,
+        options.source,
+        options.epochs,
+        tuple(_changes(options.set).items()),
+    )
+    store = Store(options.out)
+    outcome = run_all([cell], store, root=options.root, say=_say)
+    if outcome.recorded:
+        _say(f"{cell}: recorded before")
+    if outcome.failed:
+        return 1
+    if not outcome.elsewhere:
+        path = store.path(cell.settings())
+        record = store.read(cell.settings())
+        assert record is not None
+        _say(record.history.tail(1).to_string(index=False, float_format="{:.4f}".format))
+        _say(str(path))
+    return 0
+
+
+def reproduce(options: Namespace) -> int:
+    """Do the runs of a slice of the grid that have no record."""
+    cells = grid(
+        _datasets(options.dataset) or [_default_dataset()],
+        losses=options.loss,
+        noises=options.noise,
+        rates=options.rate,
+        seeds=options.seed,
+        source=options.source,
+        epochs=options.epochs,
+        changes=_changes(options.set),
+    )
+    if not cells:
+        raise ValueError("no table has such cells: the noise and the rate do not go together")
+    store = Store(options.out)
+    left, wrong = pending(cells, store)
+    _name(wrong)
+    _say(_forecast(cells, left, store, options.jobs))
+    if options.dry_run:
+        for cell in left:
+            _say(f"  {cell}")
+        return 0
+    outcome = run_all(
+        cells,
+        store,
+        minutes=options.minutes,
+        jobs=options.jobs,
+        root=options.root,
+        every=options.save_every,
+        say=_say,
+    )
+    counts = {
+        "done": outcome.done,
+        "recorded before": outcome.recorded,
+        "saved, to be continued": outcome.stopped,
+        "being done by another process": outcome.elsewhere,
+        "not started, for lack of time": outcome.too_long,
+        "failed": outcome.failed,
+    }
+    _say("; ".join(f"{len(group)} {what}" for what, group in counts.items() if group))
+    return 1 if outcome.failed else 0
+
+
+def compare(options: Namespace) -> int:
+    """Print what was run beside what was published."""
+    records, wrong = Store(options.out).all()
+    _name(wrong)
+    table = compare_records([r for r in records if _chosen(r, options)], options.published)
+    _say(layout(table))
+    if options.csv:
+        table.to_csv(options.csv, index=False)
+    return 0
+
+
+def _chosen(record: Record, options: Namespace) -> bool:
+    wanted = {
+        "dataset": _datasets(options.dataset),
+        "loss": options.loss,
+        "noise": options.noise,
+        "rate": options.rate,
+        "seed": options.seed,
+    }
+    return all(record.settings[name] in values for name, values in wanted.items() if values)
+
+
+def _forecast(cells: list[Cell], left: list[Cell], store: Store, jobs: int) -> str:
+    line = f"{len(cells)} runs: {len(cells) - len(left)} recorded, {len(left)} to do"
+    if not left:
+        return line
+    pace = Pace(store.all()[0])
+    times = [pace.of(cell) for cell in left]
+    known = [time for time in times if time is not None]
+    if len(known) < len(times):
+        return f"{line}; how long they take, the first ones will show"
+    return f"{line}, about {duration(sum(known) / jobs)} by the runs before"
+
+
+def _datasets(named: list[str] | None) -> list[str]:
+    if named and "all" in named:
+        return [*NAMES]
+    for name in named or ():
+        if name not in NAMES:
+            raise ValueError(f"no data set {name!r}; there is {', '.join(NAMES)}, or all")
+    return named or []
+
+
+def _default_dataset() -> str:
+    """The data set to run where none is named, as :func:`apl.protocol` picks it."""
+    named = os.environ.get("APL_PROTOCOL")
+    if named and named not in NAMES:
+        raise ValueError(f"no data set {named!r} (from APL_PROTOCOL); there is {', '.join(NAMES)}")
+    return named or ("cifar10" if torch.cuda.is_available() else "digits")
+
+
+def _changes(pairs: Iterable[str]) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not (name and equals and text):
+            raise ValueError(f"--set takes NAME=VALUE, not {pair!r}")
+        if name == "epochs":
+            raise ValueError("epochs are set with --epochs")
+        changes[name] = _value(text)
+    return changes
+
+
+def _value(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _name(wrong: Iterable[RecordError]) -> None:
+    for error in wrong:
+        print(f"not used: {error}", file=sys.stderr)
+
+
+COMMANDS: Mapping[str, Callable[[Namespace], int]] = MappingProxyType(
+    {"list": list_, "train": train, "reproduce": reproduce, "compare": compare}
+)
+"""Every command by its name."""
