@@ -100,6 +100,8 @@ def train(
     ['epoch', 'train_loss', 'test_accuracy']
     """
     model.to(data.device)
+    if data.images.ndim == 4:  # the layout in which convolutions are fastest, here and on a GPU
+        model.to(memory_format=torch.channels_last)
     weights = list(model.parameters())
     optimizer = torch.optim.SGD(weights, lr, momentum, weight_decay=weight_decay, nesterov=nesterov)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min)
