@@ -107,7 +107,7 @@ def paper(dataset: str) -> Augment:
     """The augmentation of the paper's training runs on a data set.
 
     CIFAR-10: crop with a border of 4, flip; CIFAR-100: also rotation by up to 20 degrees; MNIST:
-    none. The same nothing for "fashion-mnist" and "digits", which the paper does not use. The
+    none. The same nothing for "fashion-mnist" and the digits, which the paper does not use. The
     border is black *before* scaling, so its scaled value is -mean / std.
 
     Raises: ValueError for another data set.
@@ -116,7 +116,8 @@ def paper(dataset: str) -> Augment:
     >>> paper("cifar100").rotate, paper("mnist") == Augment()
     (20.0, True)
     """
-    known = {"digits": Augment(), "mnist": Augment(), "fashion-mnist": Augment()}
+    none = ("digits", "digit-pairs", "mnist", "fashion-mnist")
+    known = dict.fromkeys(none, Augment())
     if dataset in ("cifar10", "cifar100"):
         source = SETS[dataset]
         black = tuple(-mean / std for mean, std in zip(source.mean, source.std, strict=True))

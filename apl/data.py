@@ -181,12 +181,16 @@ def load(
     stratified split into 1,297 training and 500 test samples, scaled to mean 0 and variance 1 by
     the training part.
 
+    "digit-pairs": two of these digits side by side, 8x16, as one number of two figures: 100
+    classes, 5,000 pairs of training digits and 2,000 pairs of test digits, drawn once and for all,
+    equally many of every class.
+
     "mnist", "cifar10", "cifar100": the official parts, scaled by the paper's means and standard
     deviations; "fashion-mnist": likewise, but mean 0 and variance 1 by the training part. All the
     images are on the device as float32, 740 MB for CIFAR.
 
     `root` is the folder that holds them, as torchvision lays them out; what is not there is
-    downloaded into it. Without it they are in the folder "data". "digits" needs none.
+    downloaded into it. Without it they are in the folder "data". The digits need none.
 
     Raises: ValueError for an unknown name; FileNotFoundError for a root that does not exist,
     ConnectionError where there is nothing to read and no network, RuntimeError for broken files.
@@ -196,8 +200,10 @@ def load(
     """
     if name == "digits":
         return _digits().to(device)
+    if name == "digit-pairs":
+        return _digit_pairs().to(device)
     if not isinstance(name, str) or name not in vision.SETS:
-        known = ", ".join(["digits", *vision.SETS])
+        known = ", ".join(["digits", "digit-pairs", *vision.SETS])
         raise ValueError(f"no data set {name!r}; available: {known}")
     return _from_files(name, None if root is None else Path(root), torch.device(device))
 
@@ -227,6 +233,35 @@ def _digits() -> Dataset:
         test_images=images[test],
         test_labels=labels[test],
     )
+
+
+def _digit_pairs() -> Dataset:
+    digits = _digits()
+    images, labels = _pairs(digits.images, digits.labels, each=50, seed=0)
+    test_images, test_labels = _pairs(digits.test_images, digits.test_labels, each=20, seed=1)
+    return Dataset(
+        name="digit-pairs",
+        classes=tuple(f"{number:02}" for number in range(100)),
+        images=images,
+        labels=labels,
+        given=labels.clone(),
+        test_images=test_images,
+        test_labels=test_labels,
+    )
+
+
+def _pairs(images: Tensor, labels: Tensor, each: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Pairs of images, drawn with replacement, ``each`` for every two digits, and their numbers."""
+    numbers = torch.arange(100).repeat_interleave(each)
+    draws = noise.generator(seed)
+    sides = []
+    for digit in (numbers // 10, numbers % 10):
+        order = labels.argsort(stable=True)
+        counts = labels.bincount()
+        first = counts.cumsum(0) - counts
+        place = (torch.rand(len(digit), generator=draws) * counts[digit]).long()
+        sides.append(images[order[first[digit] + place]])
+    return torch.cat(sides, dim=-1), numbers
 
 
 def _from_files(name: str, root: Path | None, device: torch.device) -> Dataset:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from apl.catalog import CATALOG
-from apl.protocols import Protocol
+from apl.protocols import SMALL, Protocol
 from apl.recipes import protocol_rows, recipes
 
 __all__ = ["LEVELS", "Cell", "grid", "table_losses"]
@@ -73,7 +73,7 @@ class Cell:
             raise ValueError(f"seed = {self.seed!r} is not allowed: it is an int in 0..2**32-1")
         if self.epochs is not None and (not isinstance(self.epochs, int) or self.epochs < 1):
             raise ValueError(f"epochs = {self.epochs!r} is not allowed: it is an int of at least 1")
-        if self.dataset == "digits":
+        if self.dataset in SMALL:
             object.__setattr__(self, "source", "book")
         object.__setattr__(self, "loss", self.loss.lower())
         object.__setattr__(self, "rate", float(self.rate))
@@ -117,6 +117,7 @@ def table_losses(dataset: str, source: str = "code") -> tuple[str, ...]:
     """
     if dataset == "digits":
         return tuple(CATALOG)
+    source = "book" if dataset in SMALL else source
     found = dict.fromkeys(r.loss for r in recipes() if (r.source, r.dataset) == (source, dataset))
     return tuple(found)
 
@@ -235,6 +236,8 @@ def _rest(
     parameters = {name: value for name, value in changes if name not in _CHANGEABLE}
     function: Any = protocol.loss(loss, kind, given=torch.arange(len(T)), **parameters)
     values = function.settings if hasattr(function, "settings") else function.hyperparameters
+    if "scale" in parameters:
+        values = {**values, "scale": parameters["scale"]}
     settings = protocol.settings(loss)
     augment = asdict(settings.pop("augment"))
     return {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 __all__ = ["cifar10_cnn", "digits_net", "mnist_cnn", "resnet34", "resnet50"]
 
 
-def digits_net(seed: int = 0, *, width: int = 256, K: int = 10) -> nn.Sequential:
+def digits_net(seed: int = 0, *, width: int = 256, K: int = 10, pixels: int = 64) -> nn.Sequential:
     """A small network for 8x8 digits: two hidden layers with batch normalization.
 
     Large enough to memorize wrong labels (85,514 parameters at the default width, 1,297 training
@@ -34,7 +34,7 @@ def digits_net(seed: int = 0, *, width: int = 256, K: int = 10) -> nn.Sequential
         torch.manual_seed(seed)
         return nn.Sequential(
             nn.Flatten(),
-            nn.Linear(64, width, bias=False),
+            nn.Linear(pixels, width, bias=False),
             nn.BatchNorm1d(width),
             nn.ReLU(),
             nn.Linear(width, width, bias=False),

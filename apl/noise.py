@@ -54,6 +54,8 @@ _FLIPS: dict[str, tuple[int, dict[int, int]]] = {
     # truck -> automobile, bird -> airplane, cat <-> dog, deer -> horse
     "cifar10": (10, {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}),
     "cifar100": (100, _rings(CIFAR100_COARSE)),
+    # A ring in every ten, as if the ten were a superclass.
+    "digit-pairs": (100, _rings(tuple(number // 10 for number in range(100)))),
 }
 
 
@@ -91,6 +93,7 @@ def asymmetric(dataset: str, rate: float) -> Tensor:
     - "cifar10": truck -> automobile, bird -> airplane, cat <-> dog, deer -> horse
     - "cifar100": i -> the next fine label of its true superclass, the last -> the first. (Official
       code: blocks of five consecutive fine labels; only 6 of 100 edges stay in a superclass.)
+    - "digit-pairs": the last figure goes up by one, 9 to 0: 10 -> 11, 19 -> 10
 
     Shapes: the result is (K, K), float64, on the CPU.
     Raises: ValueError for another data set or a rate outside 0..1, TypeError for another type.

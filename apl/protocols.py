@@ -21,7 +21,7 @@ from apl import noise as noises
 from apl.checkpoints import Checkpoint
 from apl.data import Dataset, load
 from apl.losses import loss as catalog_loss
-from apl.recipes import protocol_rows
+from apl.recipes import book_parameters, protocol_rows
 from apl.training import train
 from apl.vision import SETS
 
@@ -30,8 +30,14 @@ __all__ = ["NAMES", "SOURCES", "Protocol", "protocol"]
 NAMES = tuple(dict.fromkeys(row["dataset"] for row in protocol_rows()))
 """The data sets that have a protocol."""
 
+SMALL = tuple(dict.fromkeys(r["dataset"] for r in protocol_rows() if r["source"] == "book"))
+"""Those of them that are the book's own: digits in seconds, without a GPU."""
+
 SOURCES = ("code", "2020")
 """Where the paper's protocols may be taken from, see :mod:`apl.recipes`."""
+
+HUNDRED = ("cifar100", "digit-pairs")
+"""Those with 100 classes; the others have 10."""
 
 _ORIGIN = {
     "book": "this book's own settings",
@@ -104,7 +110,7 @@ class Protocol:
             raise ValueError(f"no protocol {name!r}; there is {', '.join(NAMES)}")
         if source not in SOURCES:
             raise ValueError(f"no source of protocols {source!r}; there is {', '.join(SOURCES)}")
-        source = "book" if name == "digits" else source
+        source = "book" if name in SMALL else source
         by_loss: dict[str, dict[str, Any]] = {}
         for row in protocol_rows():
             if (row["dataset"], row["source"]) == (name, source):
@@ -116,13 +122,15 @@ class Protocol:
             for exception in by_loss.values():
                 exception.pop("epochs", None)
         # A network as small as the digits' gains nothing from a GPU.
-        device = "cuda" if name != "digits" and torch.cuda.is_available() else "cpu"
+        device = "cuda" if name not in SMALL and torch.cuda.is_available() else "cpu"
         return cls(name, source, **settings, exceptions=by_loss, device=device, root=root)
 
     @property
     def title(self) -> str:
         """The data set's name for figures."""
-        return SETS[self.name].title if self.name in SETS else self.name.capitalize()
+        if self.name in SETS:
+            return SETS[self.name].title
+        return self.name.replace("-", " ").capitalize()
 
     def loss(
         self,
@@ -135,10 +143,15 @@ class Protocol:
     ) -> nn.Module:
         """A loss by name: :func:`apl.paper_loss` on the paper's data sets, else :func:`apl.loss`.
 
-        ``given`` and ``seed`` are for the paper's NLNL. Raises as these two.
+        On digit pairs a loss has the parameters of the paper's runs on CIFAR-100, the other set of
+        100 classes. A parameter ``scale`` multiplies it. ``given`` and ``seed`` are for the paper's
+        NLNL. Raises as these two.
         """
         if self.source == "book":
-            return catalog_loss(name, **parameters)
+            parameters = {**book_parameters(self.name, name, noise), **parameters}
+            scale = parameters.pop("scale", None)
+            function = catalog_loss(name, **parameters)
+            return function if scale is None else scale * function
         return paper.paper_loss(
             self.name, name, noise, source=self.source, given=given, seed=seed, **parameters
         )
@@ -149,7 +162,7 @@ class Protocol:
         Raises: ValueError for another kind than "symmetric" and "asymmetric", a rate outside 0..1.
         """
         if noise == "symmetric":
-            return noises.symmetric(100 if self.name == "cifar100" else 10, rate)
+            return noises.symmetric(100 if self.name in HUNDRED else 10, rate)
         if noise == "asymmetric":
             return noises.asymmetric(self.name, rate)
         raise ValueError(f"noise is {noise!r}: it must be 'symmetric' or 'asymmetric'")
@@ -169,6 +182,8 @@ class Protocol:
         """The network with the initial weights of a seed."""
         # Half of its default width: the digits' network still memorizes every wrong label.
         options = {"width": 128} if self.network == "digits_net" else {}
+        if self.name == "digit-pairs":
+            options |= {"K": 100, "pixels": 128}
         network: nn.Module = getattr(models, self.network)(seed, **options)
         return network
 
@@ -236,7 +251,7 @@ class Protocol:
         if self.device != "cpu":
             return f"{run}; how long one takes, the progress bar says after its first epoch"
         time = f"{run}, about {_duration(self.epochs * self.cpu_seconds)} on"
-        if self.name == "digits":
+        if self.name in SMALL:
             return f"{time} one core"
         return f"{time} two cores: it is meant for a GPU"
 
@@ -257,8 +272,9 @@ def protocol(
     Parameters
     ----------
     name
-        "digits", "mnist", "cifar10" or "cifar100"; by default what the environment variable
-        ``APL_PROTOCOL`` names, else "cifar10" where there is a GPU and "digits" where there is none
+        "digits", "digit-pairs", "mnist", "cifar10" or "cifar100"; by default what the environment
+        variable ``APL_PROTOCOL`` names, else "cifar10" where there is a GPU and "digits" where
+        there is none
     source
         "code" or "2020", whose settings the paper's data sets get, see :mod:`apl.recipes`; digits
         have one protocol only

@@ -19,6 +19,7 @@ import torch
 
 from apl.checkpoints import Checkpoint, OutOfTime
 from apl.grid import Cell
+from apl.protocols import SMALL
 from apl.provenance import commit, device_name, versions
 from apl.records import Record, RecordError, Store, digest
 
@@ -90,7 +91,7 @@ def run(
     # So small a network as the digits' is fastest on one thread, and its numbers are then the same
     # however many cores there are.
     before = torch.get_num_threads()
-    threads = 1 if cell.dataset == "digits" else before
+    threads = 1 if cell.dataset in SMALL else before
     torch.set_num_threads(threads)
     try:
         history = protocol.train(

@@ -317,3 +317,20 @@ def test_parts_that_do_not_fit_are_refused(
     with pytest.raises(error) as raised:
         replace(good, **changes)
     assert str(raised.value).startswith(message)
+
+
+def test_digit_pairs_are_two_digits_of_their_own_part():
+    digits, pairs = load("digits"), load("digit-pairs")
+    assert pairs.K == 100 and pairs.images.shape[1:] == (1, 8, 16)
+    for images, labels, singles, their in (
+        (pairs.images, pairs.labels, digits.images, digits.labels),
+        (pairs.test_images, pairs.test_labels, digits.test_images, digits.test_labels),
+    ):
+        assert len(set(labels.bincount().tolist())) == 1
+        whole = singles.flatten(1)
+        for side, figure in ((images[..., :8], labels // 10), (images[..., 8:], labels % 10)):
+            distance = torch.cdist(side.flatten(1), whole)
+            nearest = distance.argmin(1)
+            assert (side.flatten(1) == whole[nearest]).all()
+            assert (their[nearest] == figure).all()
+    assert (load("digit-pairs").images == pairs.images).all()

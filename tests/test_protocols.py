@@ -122,7 +122,7 @@ def test_a_name_beats_the_variable_and_the_device(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["cifar", "fashion-mnist", "webvision", "CIFAR10"])
 def test_an_unknown_name_lists_the_known_ones(name, monkeypatch):
-    sentence = rf"^no protocol '{name}'; there is digits, mnist, cifar10, cifar100$"
+    sentence = rf"^no protocol '{name}'; there is digits, digit-pairs, mnist, cifar10, cifar100$"
     with pytest.raises(ValueError, match=sentence):
         protocol(name)
     monkeypatch.setenv("APL_PROTOCOL", name)
@@ -268,7 +268,7 @@ def test_the_loss_is_the_one_that_was_run_there():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_transition_matrix_has_the_classes_of_the_data_set(name):
     found = Protocol.of(name)
-    K = 100 if name == "cifar100" else 10
+    K = 100 if name in ("cifar100", "digit-pairs") else 10
     assert found.model()(torch.zeros(2, *_shape(name))).shape == (2, K)
     torch.testing.assert_close(
         found.transition_matrix("symmetric", 0.6), apl.noise.symmetric(K, 0.6)
@@ -282,7 +282,9 @@ def test_the_transition_matrix_has_the_classes_of_the_data_set(name):
 
 
 def _shape(name):
-    return {"digits": (1, 8, 8), "mnist": (1, 28, 28)}.get(name, (3, 32, 32))
+    return {"digits": (1, 8, 8), "digit-pairs": (1, 8, 16), "mnist": (1, 28, 28)}.get(
+        name, (3, 32, 32)
+    )
 
 
 def test_a_folder_that_is_missing_is_said():
@@ -311,3 +313,16 @@ def test_the_chapter_is_the_same_code_under_a_paper_protocol(made, monkeypatch, 
     # The claims are about digits: here many are false, and that is printed, not raised.
     assert printed.startswith("MNIST on cpu") and "False" in printed
     plt.close("all")
+
+
+def test_digit_pairs_get_the_official_parameters_in_the_catalogs_terms():
+    logits, target = (
+        torch.randn(4, 100, generator=torch.Generator().manual_seed(0)),
+        torch.arange(4),
+    )
+    ours = Protocol.of("digit-pairs")
+    for name in ("nce+mae", "nce+rce", "sce", "gce", "ngce"):
+        official = apl.paper_loss("cifar100", name)(logits, target)
+        torch.testing.assert_close(ours.loss(name)(logits, target), official)
+    scaled = ours.loss("nce+mae", scale=10.0)(logits, target)
+    torch.testing.assert_close(scaled, 10 * ours.loss("nce+mae")(logits, target))
