@@ -18,6 +18,10 @@ The experiments of Ma et al. (2020), Normalized Loss Functions for Deep Learning
 every cell of the paper's tables is one run, or three with different seeds, and every run leaves
 one record, a JSON file below --out.
 """
+_NOISES = (
+    "clean, symmetric, asymmetric; labels that people gave, human-worst, ..., see apl list; real, "
+    "which is webvision's"
+)
 _EXAMPLES = {
     "apl": """\
 examples:
@@ -30,13 +34,16 @@ examples:
     "list": """\
 examples:
   apl list
-  apl list --out book/results     what has been run, there
+  apl list --out book/results     what has been run for the book
 """,
     "train": """\
 examples:
   apl train digits nce+rce symmetric 0.8 --seed 2
   apl train mnist ce --epochs 2 --root data      a shortened run without noise
+  apl train cifar10 nce+rce human-worst          labels that people gave, see apl list
   apl train cifar100 nce+rce asymmetric 0.4 --source 2020 --set network=resnet50
+  apl train webvision nce+rce real --root data   on one GPU; on four of them, 'apl' is
+  torchrun --nproc_per_node 4 -m apl train webvision nce+rce real --root data
 """,
     "reproduce": """\
 examples:
@@ -44,10 +51,16 @@ examples:
   apl reproduce --dataset digits --loss ce mae nce nce+mae --noise symmetric --rate 0.6
   apl reproduce --dataset cifar10 --source 2020 --minutes 600 --jobs 6
   apl reproduce --dataset cifar10 mnist --seed 0 --dry-run
+  apl reproduce --dataset cifar10 --ray auto --jobs 4 --root /data   on all machines of a cluster
 
 Started again after a kill, the same command does what is missing. Two at once, also on two
 machines that share --out, divide the runs between them. A digits run takes seconds; the paper's
 data sets are meant for a GPU, and --jobs runs share it.
+
+With --ray, the runs are spread over a Ray cluster (pip install 'apl-companion[ray]'): one on each
+CPU core or, of the paper's data sets and where there are GPUs, --jobs on each GPU, which is 1/J of
+it for each. Every machine needs apl and, in the same folder, the data; the records come back to the
+one where the command was started. What a lost machine held is run again, from its last checkpoint.
 """,
     "compare": """\
 examples:
@@ -58,6 +71,13 @@ examples:
 The verdict is on the means of the last epoch: "agrees" where the 95 % interval of the difference
 holds 0 or the difference is at most 1 point, else "differs"; "open" with fewer than 2 runs on
 either side; "shorter" where we trained for fewer epochs than the paper.
+""",
+    "pack": """\
+example:
+  apl pack --out runs --to book/results
+
+One file for each data set, a line for each run; those that are there stay, and a run that is there
+already is replaced. A folder of packed records is read like any other.
 """,
 }
 
@@ -138,14 +158,22 @@ def _parser() -> argparse.ArgumentParser:
         help="who published them (default: ma2020-notebook, the authors)",
     )
     compare.add_argument("--csv", metavar="FILE", help="write the table there, with all columns")
+    pack = command("pack", "put the records into one file a data set, to pass them on")
+    pack.add_argument("--to", required=True, metavar="FOLDER", help="where the packed files go")
     return parser
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", help="digits, mnist, cifar10 or cifar100")
+    parser.add_argument("dataset", help="digits, mnist, cifar10, cifar100 or webvision")
     parser.add_argument("loss", help="by name, see apl list")
-    parser.add_argument("noise", nargs="?", default="clean", help="clean, symmetric or asymmetric")
-    parser.add_argument("rate", nargs="?", type=float, default=0.0, help="of wrong labels, 0 to 1")
+    parser.add_argument("noise", nargs="?", default="clean", help=_NOISES)
+    parser.add_argument(
+        "rate",
+        nargs="?",
+        type=float,
+        default=0.0,
+        help="of wrong labels, 0 to 1; human labels have their own",
+    )
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     _protocol(parser)
 
@@ -162,7 +190,19 @@ def _reproduce(parser: argparse.ArgumentParser) -> None:
         "that is going then is saved, and continued the next time",
     )
     parser.add_argument(
-        "--jobs", type=_count, default=1, metavar="J", help="runs at once (default: 1)"
+        "--jobs",
+        type=_count,
+        default=1,
+        metavar="J",
+        help="runs at once, with --ray on each GPU (default: 1)",
+    )
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help='run on the Ray cluster at HOST:PORT; "auto" is the one this machine belongs to, '
+        '"local", or no address, starts Ray on this machine for as long as it takes',
     )
     parser.add_argument(
         "--save-every",
@@ -177,7 +217,9 @@ def _slice(parser: argparse.ArgumentParser) -> None:
     some: dict[str, Any] = {"nargs": "+"}
     parser.add_argument("--dataset", **some, help='names, or "all"')
     parser.add_argument("--loss", **some, help="names (default: those of the table)")
-    parser.add_argument("--noise", **some, help="clean, symmetric, asymmetric (default: all)")
+    parser.add_argument(
+        "--noise", **some, help=f"{_NOISES}; human for all of those (default: the tables')"
+    )
     parser.add_argument("--rate", **some, type=float, help="rates (default: the tables')")
     parser.add_argument("--seed", **some, type=int, help="seeds (default: the protocol's three)")
 
@@ -196,7 +238,7 @@ def _protocol(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=VALUE",
         help="replace settings: network=resnet34, procedure=matrix (corrected noise), lr=0.1, ... "
-        "or parameters of the loss: alpha=5",
+        "or parameters of the loss: alpha=5; samples=1000 tries a run out on the first images",
     )
     parser.add_argument("--root", metavar="FOLDER", help="where the data sets are (default: data)")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
@@ -10,18 +9,17 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
+from apl import human, processes, workers
 from apl.campaign import Pace, duration, pending
 from apl.campaign import reproduce as run_all
 from apl.catalog import CATALOG
 from apl.comparison import compare as compare_records
 from apl.comparison import layout, summarize
 from apl.grid import Cell, grid
-from apl.protocols import NAMES, Protocol
+from apl.protocols import NAMES, Protocol, default_name
 from apl.records import Record, RecordError, Store
 
-__all__ = ["COMMANDS", "compare", "list_", "reproduce", "train"]
+__all__ = ["COMMANDS", "compare", "list_", "pack", "reproduce", "train"]
 
 _say: Callable[[str], None] = partial(print, flush=True)
 
@@ -33,10 +31,15 @@ def list_(options: Namespace) -> int:
         defaults = ", ".join(f"{name}={value:g}" for name, value in entry.parameters.items())
         kind = f", {entry.kind}" if entry.kind else ""
         _say(f"  {entry.name:<10} {entry.title}{kind}{f' ({defaults})' if defaults else ''}")
-    _say("\ndata sets (each with symmetric noise .2 to .8, asymmetric noise .1 to .4, and clean)")
+    _say("\ndata sets (with symmetric noise .2 to .8, asymmetric noise .1 to .4, and clean;")
+    _say("webvision with its own, real)")
     for name in NAMES:
-        for source in ("code",) if name == "digits" else ("code", "2020"):
+        for source in ("code",) if name in ("digits", "webvision") else ("code", "2020"):
             _say(f"  {Protocol.of(name, source=source)}")
+    _say(f"\nlabels that people gave, as noise ({human.LICENSE}), with the share that is wrong")
+    for name, known in human.SETS.items():
+        shares = ", ".join(f"{noise} {human.rate(name, noise):g}" for noise in known.noises)
+        _say(f"  {name}: {shares}")
     records, wrong = Store(options.out).all()
     _say(f"\nruns in {options.out}")
     table = summarize(records)
@@ -81,7 +84,7 @@ def train(options: Namespace) -> int:
 def reproduce(options: Namespace) -> int:
     """Do the runs of a slice of the grid that have no record."""
     cells = grid(
-        _datasets(options.dataset) or [_default_dataset()],
+        _datasets(options.dataset) or [default_name()],
         losses=options.loss,
         noises=options.noise,
         rates=options.rate,
@@ -95,7 +98,7 @@ def reproduce(options: Namespace) -> int:
     store = Store(options.out)
     left, wrong = pending(cells, store)
     _name(wrong)
-    _say(_forecast(cells, left, store, options.jobs))
+    _say(_forecast(cells, left, store, options.jobs if options.ray is None else None))
     if options.dry_run:
         for cell in left:
             _say(f"  {cell}")
@@ -107,6 +110,7 @@ def reproduce(options: Namespace) -> int:
         jobs=options.jobs,
         root=options.root,
         every=options.save_every,
+        ray=options.ray,
         say=_say,
     )
     counts = {
@@ -132,6 +136,18 @@ def compare(options: Namespace) -> int:
     return 0
 
 
+def pack(options: Namespace) -> int:
+    """Put the records into the packed files of another folder, a line each."""
+    store = Store(options.out)
+    _name(store.all()[1])
+    packed = store.pack(options.to)
+    for dataset, n in packed.items():
+        _say(f"{options.to}/{dataset}.jsonl: {n} runs")
+    if not packed:
+        _say(f"no records in {options.out}")
+    return 0
+
+
 def _chosen(record: Record, options: Namespace) -> bool:
     wanted = {
         "dataset": _datasets(options.dataset),
@@ -143,10 +159,12 @@ def _chosen(record: Record, options: Namespace) -> bool:
     return all(record.settings[name] in values for name, values in wanted.items() if values)
 
 
-def _forecast(cells: list[Cell], left: list[Cell], store: Store, jobs: int) -> str:
+def _forecast(cells: list[Cell], left: list[Cell], store: Store, jobs: int | None) -> str:
     line = f"{len(cells)} runs: {len(cells) - len(left)} recorded, {len(left)} to do"
     if not left:
         return line
+    if jobs is None:  # how many a cluster runs at once, it says when it is asked to
+        return f"{line}, with Ray"
     pace = Pace(store.all()[0])
     times = [pace.of(cell) for cell in left]
     known = [time for time in times if time is not None]
@@ -162,14 +180,6 @@ def _datasets(named: list[str] | None) -> list[str]:
         if name not in NAMES:
             raise ValueError(f"no data set {name!r}; there is {', '.join(NAMES)}, or all")
     return named or []
-
-
-def _default_dataset() -> str:
-    """The data set to run where none is named, as :func:`apl.protocol` picks it."""
-    named = os.environ.get("APL_PROTOCOL")
-    if named and named not in NAMES:
-        raise ValueError(f"no data set {named!r} (from APL_PROTOCOL); there is {', '.join(NAMES)}")
-    return named or ("cifar10" if torch.cuda.is_available() else "digits")
 
 
 def _changes(pairs: Iterable[str]) -> dict[str, Any]:
@@ -200,7 +210,32 @@ def _name(wrong: Iterable[RecordError]) -> None:
         print(f"not used: {error}", file=sys.stderr)
 
 
+def _together(command: Callable[[Namespace], int]) -> Callable[[Namespace], int]:
+    """The command by the first process that torchrun started; the others take part in its runs."""
+
+    def run(options: Namespace) -> int:
+        with processes.joined() as team:
+            if not team.leads:
+                workers.follow(team)
+                return 0
+            if team.size > 1 and (getattr(options, "jobs", 1) > 1 or getattr(options, "ray", None)):
+                team.share(None)
+                raise ValueError("--jobs and --ray do several runs at once, torchrun does one")
+            try:
+                return command(options)
+            finally:
+                processes.team().share(None)
+
+    return run
+
+
 COMMANDS: Mapping[str, Callable[[Namespace], int]] = MappingProxyType(
-    {"list": list_, "train": train, "reproduce": reproduce, "compare": compare}
+    {
+        "list": list_,
+        "train": _together(train),
+        "reproduce": _together(reproduce),
+        "compare": compare,
+        "pack": pack,
+    }
 )
 """Every command by its name."""

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from apl import risk
+from apl.claims import interval
 
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)), (0, (3, 5)))
 """Line styles, so that a curve is found without its color."""
@@ -74,6 +75,37 @@ def curves(
         ends.append((float(mean.iloc[-1]), name, line.get_color()))
     ax.set(xlabel="epoch", ylabel=f"{ylabel} (%)" if percent else ylabel)
     label_ends(ax, ends)
+    return ax
+
+
+def seeds(
+    runs: pd.DataFrame,
+    by: str = "loss",
+    measure: str = "last",
+    *,
+    order: Sequence[Any] | None = None,
+    xlabel: str = "test accuracy at the last epoch (%)",
+    ax: Axes | None = None,
+) -> Axes:
+    """Every run a dot, a line for each group; a bar is the 95 % interval of its mean.
+
+    ``runs`` are those of :func:`apl.results.runs`, ``order`` the groups from top to bottom.
+
+    Examples
+    --------
+    >>> runs = pd.DataFrame({"loss": ["ce", "ce", "mae"], "last": [50.0, 52.0, 90.0]})
+    >>> [label.get_text() for label in seeds(runs).get_yticklabels()]
+    ['CE', 'MAE']
+    """
+    order = list(dict.fromkeys(runs[by])) if order is None else list(order)
+    ax = ax or plt.subplots(figsize=(6.4, 0.6 + 0.42 * len(order)))[1]
+    for height, name in enumerate(order):
+        values = runs.loc[runs[by] == name, measure]
+        mean, half = interval(values)
+        ax.errorbar(mean, height, xerr=half, fmt="|", color="black", capsize=4, markersize=12)
+        ax.plot(values, [height] * len(values), "o", alpha=0.6, markeredgecolor="white")
+    ax.set_yticks(range(len(order)), [str(name).upper() for name in order])
+    ax.set(xlabel=xlabel, ylim=(len(order) - 0.5, -0.5))
     return ax
 
 

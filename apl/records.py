@@ -1,7 +1,8 @@
 """One run, one file: what was run, what came out, and what made it.
 
 A record is JSON that reads well, and carries a hash of its own content: one that was cut short,
-edited, or copied from another run is named and not used.
+edited, or copied from another run is named and not used. To be passed on, the records of a data set
+are packed into one file, a line each.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -20,9 +23,12 @@ from filelock import FileLock, Timeout
 
 from apl.files import write_whole
 
-__all__ = ["Record", "RecordError", "Store", "digest"]
+__all__ = ["DIGITS", "Record", "RecordError", "Store", "digest"]
 
 FORMAT = "apl record 1"
+
+DIGITS = 6
+"""How many digits a packed curve keeps: an accuracy is a count of at most 60,000 images."""
 
 
 class RecordError(ValueError):
@@ -53,9 +59,18 @@ class Record:
 
     def text(self) -> str:
         """The content of its file."""
+        return _layout(self._content())
+
+    def line(self) -> str:
+        """The content in one line, for a packed file; curves are rounded to ``DIGITS`` digits."""
+        short = self.history.map(lambda value: float(f"{value:.{DIGITS}g}"))
+        short = short.astype(dict(self.history.dtypes))
+        return json.dumps(replace(self, history=short)._content(), separators=(",", ":"))
+
+    def _content(self) -> dict[str, Any]:
         parts = {"format": FORMAT, "settings": self.settings, "made": self.made}
         content = parts | {"history": {c: _plain(self.history[c]) for c in self.history}}
-        return _layout(content | {"sha256": digest(content)})
+        return content | {"sha256": digest(content)}
 
     @classmethod
     def parse(cls, text: str) -> Record:
@@ -84,10 +99,11 @@ class Record:
 class Store:
     """The records of a folder, one file a run, named for what was run.
 
-    Beside them, in ``.work``, are the checkpoints of unfinished runs and the files that processes
-    lock while they are at a run. The lock is the system's: it ends with its process, however that
-    ends, and on a file system that several machines share it holds between them as far as that
-    system's locks do.
+    A folder may hold packed records too, in ``DATASET.jsonl``; they count as those in files of
+    their own. Beside them, in ``.work``, are the checkpoints of unfinished runs and the files that
+    processes lock while they are at a run. The lock is the system's: it ends with its process,
+    however that ends, and on a file system that several machines share it holds between them as far
+    as that system's locks do.
 
     Examples
     --------
@@ -122,7 +138,7 @@ class Store:
         """
         path = self.path(settings)
         if not path.exists():
-            return None
+            return self._packed(settings["dataset"])[0].get(path.stem)
         record = _read(path)
         if digest(record.settings) != digest(settings):
             raise RecordError(f"{path} is the record of other settings")
@@ -146,16 +162,56 @@ class Store:
 
     def all(self) -> tuple[list[Record], list[RecordError]]:
         """Every record, and what is wrong with the files that are none."""
-        records, wrong = [], []
+        records: dict[str, Record] = {}
+        wrong: list[RecordError] = []
+        for pack in sorted(self.folder.glob("*.jsonl")):
+            packed, damaged = self._packed(pack.stem)
+            records |= packed
+            wrong += damaged
         for path in sorted(self.folder.glob("*/*.json")):
             try:
                 record = _read(path)
                 if self.path(record.settings).name != path.name:
                     raise RecordError(f"{path} is the record of other settings")
-                records.append(record)
+                records[path.stem] = record
             except RecordError as error:
                 wrong.append(error)
-        return records, wrong
+        return [records[name] for name in sorted(records)], wrong
+
+    def pack(self, folder: str | Path) -> dict[str, int]:
+        """Add all records to the packed files of a folder; how many each of them holds then.
+
+        Raises
+        ------
+        RecordError
+            where a packed file holds something else too; nothing is written then
+        OSError
+            where one cannot be written; it is what it was before
+        """
+        there = Store(folder)
+        records, _ = self.all()
+        datasets = sorted({record.settings["dataset"] for record in records})
+        packs = {}
+        for dataset in datasets:
+            packed, wrong = there._packed(dataset)
+            for error in wrong:
+                raise error
+            own = {_name(r.settings): r for r in records if r.settings["dataset"] == dataset}
+            packs[dataset] = packed | own
+        for dataset, pack in packs.items():
+            lines = [pack[name].line() + "\n" for name in sorted(pack)]
+            write_whole(there._pack(dataset), "".join(lines).encode())
+        return {dataset: len(pack) for dataset, pack in packs.items()}
+
+    def _pack(self, dataset: str) -> Path:
+        return self.folder / f"{dataset}.jsonl"
+
+    def _packed(self, dataset: str) -> tuple[Mapping[str, Record], Sequence[RecordError]]:
+        path = self._pack(dataset)
+        try:
+            return _unpack(path, path.stat().st_mtime_ns)
+        except FileNotFoundError:
+            return {}, ()
 
     @contextmanager
     def claim(self, settings: Mapping[str, Any]) -> Iterator[bool]:
@@ -203,6 +259,21 @@ def _read(path: Path) -> Record:
         raise RecordError(f"{path} {error}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise RecordError(f"{path} has no such parts as a record ({error})") from None
+
+
+@lru_cache(maxsize=8)
+def _unpack(path: Path, changed: int) -> tuple[Mapping[str, Record], Sequence[RecordError]]:
+    """The records of a packed file by name, as of its last change, and the lines that are none."""
+    records, wrong = {}, []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = Record.parse(line)
+            records[_name(record.settings)] = record
+        except RecordError as error:
+            wrong.append(RecordError(f"line {number} of {path} {error}"))
+        except (KeyError, TypeError, ValueError) as error:
+            wrong.append(RecordError(f"line {number} of {path} has not a record's parts ({error})"))
+    return MappingProxyType(records), tuple(wrong)
 
 
 def _plain(column: pd.Series) -> list[float | int | None]:

@@ -29,8 +29,9 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
         for path in (ROOT / "apl").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert package == source
-    assert {Path(name).suffix for name in package} == {".py", ".csv", ".typed"}
+    records = {f"apl/_results/{path.name}" for path in (ROOT / "book" / "results").iterdir()}
+    assert package == source | records
+    assert {Path(name).suffix for name in package - records} == {".py", ".csv", ".typed"}
     assert {"apl/__init__.py", "apl/py.typed", "apl/recipes/losses.csv"} <= package
     about = {name.split("/", 1)[1] for name in set(names) - package}
     assert about == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
@@ -44,7 +45,8 @@ def test_the_environment_has_the_wheel_and_borrows_the_rest(wheel, tmp_path):
         "import sys, importlib.metadata as metadata; from importlib.util import find_spec\n"
         "import apl\n"
         "print(apl.__file__, find_spec('torch').origin, sep='\\n')\n"
-        "print(metadata.version('apl-companion'), len(apl.losses.names()))\n"
+        "from apl import results\n"
+        "print(metadata.version('apl-companion'), len(results.records('digits')))\n"
         "print(*sys.path, sep='\\n')\n"
     )
     done = subprocess.run(
