@@ -130,6 +130,25 @@ class Dataset:
             )
         return replace(self, given=noise.corrupt(self.labels, T, seed, exact))
 
+    def first(self, n: int) -> Dataset:
+        """Return the first n training and the first n test samples, for trying something out.
+
+        Raises: ValueError unless n is an int of at least 1.
+
+        >>> load("digits").first(100)
+        Dataset('digits', 100 train (0.0% wrong labels), 100 test, 1x8x8 images, K=10, cpu)
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"n = {n!r} is not allowed: it is an int of at least 1")
+        return replace(
+            self,
+            images=self.images[:n],
+            labels=self.labels[:n],
+            given=self.given[:n],
+            test_images=self.test_images[:n],
+            test_labels=self.test_labels[:n],
+        )
+
     def hold_out(self, fraction: float, seed: int) -> Dataset:
         """Return a copy for tuning, where a random part of the training samples is the test part.
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from apl import human
 from apl.catalog import CATALOG
 from apl.protocols import SMALL, Protocol
 from apl.recipes import protocol_rows, recipes
 
-__all__ = ["LEVELS", "Cell", "grid", "table_losses"]
+__all__ = ["KINDS", "LEVELS", "Cell", "grid", "table_losses"]
 
 LEVELS: tuple[tuple[str, float], ...] = (
     ("clean", 0.0),
@@ -23,9 +24,16 @@ LEVELS: tuple[tuple[str, float], ...] = (
 )
 """The noise of the paper's tables, kind and rate."""
 
+KINDS: tuple[str, ...] = (
+    *dict(LEVELS),
+    *(kind for name in human.SETS for kind in human.noises(name)),
+    "real",
+)
+"""All kinds of noise, in the order of tables: the paper's, labels that people gave, WebVision's."""
+
 _CHANGEABLE = (
     *("network", "procedure", "batch_size", "lr", "momentum", "nesterov", "weight_decay"),
-    *("eta_min", "clip"),
+    *("eta_min", "clip", "decay", "parts", "samples"),
 )
 _MAY_BE_ZERO = ("momentum", "weight_decay", "eta_min")
 
@@ -39,6 +47,9 @@ class Cell:
     protocol (network, procedure, lr, ...) or, for other names, parameters of the loss; for
     CIFAR-100, ``(("network", "resnet34"), ("alpha", 5.0))``.
 
+    Labels that people gave, "human-worst" for one, have the rate that was measured, see
+    :func:`apl.human.rate`; losses have the parameters they have for symmetric noise.
+
     Raises
     ------
     ValueError
@@ -48,6 +59,8 @@ class Cell:
     --------
     >>> Cell("digits", "NCE+MAE", "symmetric", 0.6, seed=1)
     digits nce+mae symmetric 0.6 seed 1
+    >>> Cell("cifar10", "ce", "human-worst")
+    cifar10 ce human-worst 0.40208 seed 0
     >>> Cell("cifar100", "nce+rce", "asymmetric", 0.4, source="2020").settings()["loss_parameters"]
     {'alpha': 5.0, 'beta': 0.1}
     """
@@ -62,12 +75,25 @@ class Cell:
     changes: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.noise not in (kinds := dict(LEVELS)):
-            raise ValueError(f"no noise {self.noise!r}; there is {', '.join(kinds)}")
-        if (self.noise == "clean") != (self.rate == 0):
+        if self.noise not in KINDS:
+            raise ValueError(f"no noise {self.noise!r}; there is {', '.join(KINDS)}")
+        if human.is_human(self.noise):
+            measured = human.rate(self.dataset, self.noise)
+            if self.rate not in (0, measured):
+                raise ValueError(
+                    f"{self.noise} cannot have the rate {self.rate:g}: {measured:g} of the labels "
+                    "are wrong, as measured"
+                )
+            object.__setattr__(self, "rate", measured)
+        if (self.dataset == "webvision") != (self.noise == "real"):
+            raise ValueError(
+                f"{self.dataset} with {self.noise} noise is not possible: webvision has real noise "
+                "and no other, and it alone has it"
+            )
+        if (self.noise in ("clean", "real")) != (self.rate == 0):
             raise ValueError(
                 f"{self.noise} noise of rate {self.rate:g} is not possible: clean has the rate 0, "
-                "symmetric and asymmetric have one above 0"
+                "symmetric and asymmetric have one above 0; real noise has none that is known"
             )
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed = {self.seed!r} is not allowed: it is an int in 0..2**32-1")
@@ -102,7 +128,7 @@ class Cell:
         return names | _rest(*key)
 
     def __repr__(self) -> str:
-        noise = "clean" if self.noise == "clean" else f"{self.noise} {self.rate:g}"
+        noise = f"{self.noise} {self.rate:g}" if self.rate else self.noise
         changes = "".join(f" {name}={value}" for name, value in self.changes)
         epochs = "" if self.epochs is None else f" {self.epochs} epochs"
         source = " 2020" if self.source == "2020" else ""
@@ -137,6 +163,7 @@ def grid(
 
     They come seed by seed, so that a grid that is stopped early has every cell once. Rates are
     those of the paper, unless both noises and rates are named; then it is every pair of them.
+    Labels that people gave are run only where they are named, or all of a data set's as "human".
 
     Raises
     ------
@@ -155,7 +182,7 @@ def grid(
     for dataset in datasets:
         chosen = table_losses(dataset, source) if losses is None else losses
         own = Protocol.of(dataset, source=source).seeds if seeds is None else seeds
-        levels = _levels(noises, rates)
+        levels = _levels(dataset, noises, rates)
         cells += [
             Cell(dataset, loss, noise, rate, seed, source, epochs, tuple((changes or {}).items()))
             for seed in own
@@ -165,14 +192,24 @@ def grid(
     return list(dict.fromkeys(cells))
 
 
-def _levels(noises: Sequence[str] | None, rates: Sequence[float] | None) -> list[tuple[str, float]]:
+def _levels(
+    dataset: str, noises: Sequence[str] | None, rates: Sequence[float] | None
+) -> list[tuple[str, float]]:
+    if dataset == "webvision":
+        return [("real", 0.0)] if "real" in (noises or ["real"]) and not rates else []
     if noises is None and rates is None:
         return list(LEVELS)
+    given = []
+    if noises is not None:
+        for noise in noises:
+            if noise not in (*KINDS, "human"):
+                raise ValueError(f"no noise {noise!r}; there is {', '.join(KINDS)}, or human")
+        named = [n for n in noises if human.is_human(n)]
+        named += human.noises(dataset) if "human" in noises else ()
+        given = [(noise, human.rate(dataset, noise)) for noise in named]
+        noises = [n for n in noises if n not in ("human", "real") and not human.is_human(n)]
     if rates is None:
-        for noise in noises or ():
-            if noise not in dict(LEVELS):
-                raise ValueError(f"no noise {noise!r}; there is {', '.join(dict(LEVELS))}")
-        return [level for level in LEVELS if level[0] in (noises or ())]
+        return [level for level in LEVELS if level[0] in (noises or ())] + given
     if noises is None:
         known = {rate for _, rate in LEVELS}
         for rate in rates:
@@ -184,7 +221,7 @@ def _levels(noises: Sequence[str] | None, rates: Sequence[float] | None) -> list
                 )
         return [level for level in LEVELS if level[1] in rates]
     clean = [("clean", 0.0)] if "clean" in noises else []
-    return clean + [(noise, rate) for noise in noises if noise != "clean" for rate in rates]
+    return clean + [(noise, rate) for noise in noises if noise != "clean" for rate in rates] + given
 
 
 @lru_cache(maxsize=64)
@@ -194,7 +231,10 @@ def _protocol(
     given = Protocol.of(dataset, source="code" if source == "book" else source, epochs=epochs)
     chosen = {name: value for name, value in changes if name in _CHANGEABLE}
     for name, value in chosen.items():
-        chosen[name] = _checked(dataset, name, value, type(getattr(given, name)))
+        kind = int if name == "samples" else type(getattr(given, name))
+        if kind is type(None):
+            raise ValueError(f"{dataset} has no setting {name!r} that could be changed")
+        chosen[name] = _checked(dataset, name, value, kind)
     # What is changed holds for every loss.
     exceptions = {
         loss: {name: value for name, value in own.items() if name not in chosen}
@@ -232,9 +272,10 @@ def _rest(
 ) -> dict[str, Any]:
     """The settings that follow from the names of a cell."""
     protocol = _protocol(dataset, source, epochs, changes)
-    T = protocol.transition_matrix(kind, rate)
+    if not human.is_human(kind) and kind != "real":
+        protocol.transition_matrix(kind, rate)  # says what is wrong with them
     parameters = {name: value for name, value in changes if name not in _CHANGEABLE}
-    function: Any = protocol.loss(loss, kind, given=torch.arange(len(T)), **parameters)
+    function: Any = protocol.loss(loss, kind, given=torch.arange(protocol.K), **parameters)
     values = function.settings if hasattr(function, "settings") else function.hyperparameters
     if "scale" in parameters:
         values = {**values, "scale": parameters["scale"]}
@@ -245,4 +286,6 @@ def _rest(
         **{"runs": getattr(function, "runs", loss), "loss_parameters": dict(values)},
         **settings,
         "augment": augment,
+        # Only where it is set: a run of everything is the one that was recorded before.
+        **({} if protocol.samples is None else {"samples": protocol.samples}),
     }

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-__all__ = ["cifar10_cnn", "digits_net", "mnist_cnn", "resnet34", "resnet50"]
+__all__ = ["cifar10_cnn", "digits_net", "imagenet_resnet50", "mnist_cnn", "resnet34", "resnet50"]
 
 
 def digits_net(seed: int = 0, *, width: int = 256, K: int = 10, pixels: int = 64) -> nn.Sequential:
@@ -101,6 +101,21 @@ def resnet50(seed: int = 0, *, K: int = 100) -> nn.Sequential:
     Shapes: images (N, 3, 32, 32) to logits (N, K).
     """
     return _seeded(seed, lambda: _resnet(_bottleneck, 4, (3, 4, 6, 3), K))
+
+
+def imagenet_resnet50(seed: int = 0, *, K: int = 50) -> nn.Module:
+    """torchvision's ResNet-50 for 224x224 images, untrained: 23,610,482 parameters with 50 classes.
+
+    The paper's for WebVision; its weights start as torchvision has them, not as the paper's others.
+
+    Shapes: images (N, 3, 224, 224) to logits (N, K).
+    """
+    from torchvision.models import resnet50 as build
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net: nn.Module = build(weights=None, num_classes=K)
+        return net
 
 
 class _Residual(nn.Module):

@@ -19,6 +19,7 @@ __all__ = [
     "corrupt",
     "generator",
     "is_diagonally_dominant",
+    "measured",
     "official",
     "symmetric",
 ]
@@ -156,6 +157,27 @@ def corrupt(labels: Tensor, T: Tensor, seed: int, exact: bool = True) -> Tensor:
     y = _check_labels(labels, len(T))
     draw = _exact if exact else _independent
     return draw(y, T, generator(seed)).to(labels)
+
+
+def measured(labels: Tensor, given: Tensor, K: int) -> Tensor:
+    """Return the transition matrix of labels that are there: which share of class i is called j.
+
+    Shapes: labels and given (N,), any integers; the result is (K, K), float64, on the CPU.
+    Raises: TypeError or ValueError for labels that are not 1-D integers in 0..K-1 and equally many,
+    and where a class has no sample.
+
+    >>> measured(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1]), 2)
+    tensor([[0.5000, 0.5000],
+            [0.0000, 1.0000]], dtype=torch.float64)
+    """
+    K = _check_int("K, the number of classes,", K)
+    true, called = _check_labels(labels, K), _check_labels(given, K)
+    if len(true) != len(called):
+        raise ValueError(f"there are {len(true)} labels and {len(called)} given ones")
+    counts = torch.bincount(K * true + called, minlength=K * K).reshape(K, K).double()
+    if (empty := counts.sum(dim=1) == 0).any():
+        raise ValueError(f"class {int(empty.nonzero()[0])} has no sample to measure its row by")
+    return counts / counts.sum(dim=1, keepdim=True)
 
 
 def official(dataset: str, labels: Tensor, kind: str, rate: float, seed: int) -> Tensor:

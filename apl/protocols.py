@@ -16,16 +16,18 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from apl import augment, models, paper
+from apl import augment, human, models, paper, processes, streaming, webvision
 from apl import noise as noises
 from apl.checkpoints import Checkpoint
 from apl.data import Dataset, load
+from apl.ensemble import Run
+from apl.images import Transforms
 from apl.losses import loss as catalog_loss
 from apl.recipes import book_parameters, protocol_rows
 from apl.training import train
 from apl.vision import SETS
 
-__all__ = ["NAMES", "SOURCES", "Protocol", "protocol"]
+__all__ = ["NAMES", "SOURCES", "Protocol", "default_name", "protocol"]
 
 NAMES = tuple(dict.fromkeys(row["dataset"] for row in protocol_rows()))
 """The data sets that have a protocol."""
@@ -36,25 +38,25 @@ SMALL = tuple(dict.fromkeys(r["dataset"] for r in protocol_rows() if r["source"]
 SOURCES = ("code", "2020")
 """Where the paper's protocols may be taken from, see :mod:`apl.recipes`."""
 
-HUNDRED = ("cifar100", "digit-pairs")
-"""Those with 100 classes; the others have 10."""
-
 _ORIGIN = {
     "book": "this book's own settings",
     "code": "as in the official code",
     "2020": "as in the authors' scripts of February 2020",
 }
 _TYPES: Mapping[str, Any] = {
-    **dict.fromkeys(("epochs", "batch_size", "eval_batch_size"), int),
-    **dict.fromkeys(("lr", "momentum", "weight_decay", "eta_min", "clip", "cpu_seconds"), float),
+    **dict.fromkeys(("epochs", "batch_size", "eval_batch_size", "parts"), int),
+    **dict.fromkeys(("lr", "momentum", "weight_decay", "eta_min", "decay"), float),
+    **dict.fromkeys(("clip", "cpu_seconds"), float),
     **dict.fromkeys(("network", "procedure"), str),
     "nesterov": lambda text: {"true": True, "false": False}[text],
     "seeds": lambda text: tuple(map(int, text.split())),
 }
 _SETTINGS = (
     *("epochs", "batch_size", "eval_batch_size", "lr", "momentum", "nesterov", "weight_decay"),
-    *("eta_min", "clip"),
+    *("eta_min", "clip", "decay", "parts"),
 )
+# Each run of an ensemble has an lr of its own, and small networks need neither of the others.
+_ALONE = ("lr", "augment", "eval_batch_size")
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,9 +66,17 @@ class Protocol:
     SGD, gradients clipped at norm ``clip``, a learning rate that falls from ``lr`` to ``eta_min``
     along one cosine over all epochs; the augmentation is :func:`apl.augment.paper`'s. The
     ``procedure`` that makes labels wrong is "official", the official code's with its flaws, or
-    "matrix", exact counts by a transition matrix. ``exceptions`` are what differs for a loss:
-    NLNL's number of epochs above all. ``cpu_seconds`` is about what an epoch takes without a GPU,
-    ``root`` the folder of the data set, see :func:`apl.data.load`.
+    "matrix", exact counts by a transition matrix. Where the noise is labels that people gave,
+    "official" takes those, and "matrix" makes the same mistakes, equally many, on images drawn at
+    random. ``exceptions`` are what differs for a loss: NLNL's number of epochs above all.
+    ``cpu_seconds`` is about what an epoch takes without a GPU, ``root`` the folder of the data set,
+    see :func:`apl.data.load`.
+
+    WebVision stays in its files: :mod:`apl.streaming` trains on it, with a learning rate that is
+    multiplied by ``decay`` after each epoch and batches in ``parts``. Its noise is "real", its own.
+    What a protocol does not have is None.
+
+    With ``samples`` only the first so many images are trained on and tested with, to try a run out.
 
     Examples
     --------
@@ -87,11 +97,14 @@ class Protocol:
     momentum: float
     nesterov: bool
     weight_decay: float
-    eta_min: float
     clip: float
-    procedure: str
     seeds: tuple[int, ...]
     cpu_seconds: float
+    eta_min: float | None = None
+    procedure: str | None = None
+    decay: float | None = None
+    parts: int | None = None
+    samples: int | None = None
     exceptions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     device: str = "cpu"
     root: str | Path | None = None
@@ -116,6 +129,9 @@ class Protocol:
             if (row["dataset"], row["source"]) == (name, source):
                 value = _TYPES[row["parameter"]](row["value"])
                 by_loss.setdefault(row["loss"], {})[row["parameter"]] = value
+        if not by_loss:
+            known = dict.fromkeys(r["source"] for r in protocol_rows() if r["dataset"] == name)
+            raise ValueError(f"{name} has no protocol of {source!r}; there is {', '.join(known)}")
         settings = by_loss.pop("")
         if epochs is not None:  # for every loss
             settings["epochs"] = epochs
@@ -126,11 +142,16 @@ class Protocol:
         return cls(name, source, **settings, exceptions=by_loss, device=device, root=root)
 
     @property
+    def K(self) -> int:
+        """The number of classes."""
+        return {"cifar100": 100, "digit-pairs": 100, "webvision": webvision.K}.get(self.name, 10)
+
+    @property
     def title(self) -> str:
         """The data set's name for figures."""
-        if self.name in SETS:
-            return SETS[self.name].title
-        return self.name.replace("-", " ").capitalize()
+        titles = {name: known.title for name, known in SETS.items()}
+        titles |= {"digits": "Digits", "digit-pairs": "Digit pairs", "webvision": "WebVision-mini"}
+        return titles[self.name]
 
     def loss(
         self,
@@ -152,6 +173,8 @@ class Protocol:
             scale = parameters.pop("scale", None)
             function = catalog_loss(name, **parameters)
             return function if scale is None else scale * function
+        # Nobody tuned a loss for labels that people gave: it gets what it has for symmetric noise.
+        noise = "symmetric" if human.is_human(noise) else noise
         return paper.paper_loss(
             self.name, name, noise, source=self.source, given=given, seed=seed, **parameters
         )
@@ -159,19 +182,41 @@ class Protocol:
     def transition_matrix(self, noise: str = "symmetric", rate: float = 0.0) -> Tensor:
         """The noise as a matrix, which the official procedure meets only roughly: (K, K).
 
-        Raises: ValueError for another kind than "symmetric" and "asymmetric", a rate outside 0..1.
+        Of labels that people gave it is what was measured, whatever the rate.
+
+        Raises: ValueError for another kind than "symmetric", "asymmetric" and those of
+        :func:`apl.human.noises`, a rate outside 0..1; for human labels as :func:`apl.human.labels`.
         """
+        if self.name == "webvision":
+            raise ValueError("webvision has real noise, whose matrix nobody knows, and no other")
         if noise == "symmetric":
-            return noises.symmetric(100 if self.name in HUNDRED else 10, rate)
+            return noises.symmetric(self.K, rate)
         if noise == "asymmetric":
             return noises.asymmetric(self.name, rate)
-        raise ValueError(f"noise is {noise!r}: it must be 'symmetric' or 'asymmetric'")
+        if human.is_human(noise):
+            return human.transition_matrix(self.name, noise, self.root)
+        raise ValueError(
+            f"noise is {noise!r}: it must be 'symmetric' or 'asymmetric', or for CIFAR human labels"
+        )
 
     def data(self, noise: str = "symmetric", rate: float = 0.0, seed: int = 0) -> Dataset:
         """The data set on the device, with wrong labels in its training part.
 
+        Labels that people gave are the same for every seed, unless "matrix" is the procedure. With
+        ``samples`` it is the first so many images of both parts.
+
         Raises: as :meth:`transition_matrix` and :func:`apl.data.load`.
         """
+        whole = self._data(noise, rate, seed)
+        return whole if self.samples is None else whole.first(self.samples)
+
+    def _data(self, noise: str, rate: float, seed: int) -> Dataset:
+        if human.is_human(noise):
+            clean = _load(self.name, self.device, self.root)
+            given = human.labels(self.name, noise, clean.labels, self.root)
+            if self.procedure == "matrix":
+                return clean.with_noise(noises.measured(clean.labels, given, self.K), seed)
+            return replace(clean, given=given)
         T = self.transition_matrix(noise, rate)
         clean = _load(self.name, self.device, self.root)
         if self.procedure == "matrix":
@@ -196,8 +241,9 @@ class Protocol:
         >>> cifar10.settings()["epochs"], cifar10.settings("nlnl")["epochs"]
         (120, 1000)
         """
-        own = {name: getattr(self, name) for name in _SETTINGS}
-        own |= {"augment": augment.paper(self.name), **self.exceptions.get(loss.lower(), {})}
+        own = {n: value for n in _SETTINGS if (value := getattr(self, n)) is not None}
+        changed = Transforms() if self.name == "webvision" else augment.paper(self.name)
+        own |= {"augment": changed, **self.exceptions.get(loss.lower(), {})}
         changes = {"epochs": epochs, "lr": lr}
         return own | {name: value for name, value in changes.items() if value is not None}
 
@@ -231,13 +277,46 @@ class Protocol:
         progress, checkpoint
             as in :func:`apl.training.train`
         """
+        settings = self.settings(loss, epochs=epochs, lr=lr)
+        settings |= {"seed": seed, "progress": progress, "checkpoint": checkpoint}
+        if self.name == "webvision":
+            if noise != "real" or rate or hold_out:
+                raise ValueError("webvision has real noise, no rate, and no part that is held out")
+            function = self.loss(loss, noise, **(parameters or {}))
+            mini = webvision.read(self.root, settings.pop("augment"))
+            settings |= {"device": self.device, "team": processes.team()}
+            return streaming.train(self.model(seed), function, mini.train, mini.tests, **settings)
+        run = self.member(loss, noise, rate, seed, parameters=parameters, hold_out=hold_out)
+        return train(run.model, run.loss, run.data, **settings)
+
+    def member(
+        self,
+        loss: str,
+        noise: str = "symmetric",
+        rate: float = 0.0,
+        seed: int = 0,
+        *,
+        lr: float | None = None,
+        parameters: Mapping[str, Any] | None = None,
+        hold_out: float = 0.0,
+    ) -> Run:
+        """What a run has of its own, to train it with others; the arguments are :meth:`train`'s."""
         data = self.data(noise, rate, seed)
         if hold_out:
             data = data.hold_out(hold_out, seed)
         function = self.loss(loss, noise, given=data.given, seed=seed, **(parameters or {}))
-        settings = self.settings(loss, epochs=epochs, lr=lr)
-        settings |= {"seed": seed, "progress": progress, "checkpoint": checkpoint}
-        return train(self.model(seed), function, data, **settings)
+        return Run(self.model(seed), function, data, self.settings(loss, lr=lr)["lr"], seed)
+
+    def together(self, loss: str = "", *, epochs: int | None = None) -> dict[str, Any] | None:
+        """Keyword arguments for :func:`apl.ensemble.train`; None where runs go one by one.
+
+        >>> Protocol.of("digits").together("ce")["epochs"], Protocol.of("mnist").together("ce")
+        (60, None)
+        """
+        if self.name not in SMALL:
+            return None
+        own = self.settings(loss, epochs=epochs)
+        return {name: own[name] for name in own if name not in _ALONE}
 
     def __repr__(self) -> str:
         return (
@@ -272,12 +351,12 @@ def protocol(
     Parameters
     ----------
     name
-        "digits", "digit-pairs", "mnist", "cifar10" or "cifar100"; by default what the environment
-        variable ``APL_PROTOCOL`` names, else "cifar10" where there is a GPU and "digits" where
-        there is none
+        "digits", "digit-pairs", "mnist", "cifar10", "cifar100" or "webvision"; by default what
+        the environment variable ``APL_PROTOCOL`` names, else "cifar10" where there is a GPU and
+        "digits" where there is none
     source
         "code" or "2020", whose settings the paper's data sets get, see :mod:`apl.recipes`; digits
-        have one protocol only
+        and WebVision have one protocol only
     epochs
         for shorter runs than the protocol's; the learning rate then falls within them
     root
@@ -293,12 +372,26 @@ def protocol(
     >>> digits = protocol("digits")
     Digits on cpu, this book's own settings: digits_net, 60 epochs a run, about ...
     """
-    if name is None and (name := os.environ.get("APL_PROTOCOL")) and name not in NAMES:
-        raise ValueError(f"no protocol {name!r} (from APL_PROTOCOL); there is {', '.join(NAMES)}")
-    name = name or ("cifar10" if torch.cuda.is_available() else "digits")
-    found = Protocol.of(name, source=source, epochs=epochs, root=root)
+    found = Protocol.of(name or default_name(), source=source, epochs=epochs, root=root)
     print(found)
     return found
+
+
+def default_name() -> str:
+    """The data set to train on where none is named: ``APL_PROTOCOL``'s, or this machine's.
+
+    Raises
+    ------
+    ValueError
+        where APL_PROTOCOL names another; it lists those there are
+
+    >>> default_name() in NAMES
+    True
+    """
+    named = os.environ.get("APL_PROTOCOL")
+    if named and named not in NAMES:
+        raise ValueError(f"no protocol {named!r} (from APL_PROTOCOL); there is {', '.join(NAMES)}")
+    return named or ("cifar10" if torch.cuda.is_available() else "digits")
 
 
 @lru_cache(maxsize=1)

@@ -18,7 +18,7 @@ from apl.noise import generator
 
 
 @contextmanager
-def _repeatable() -> Iterator[None]:
+def repeatable() -> Iterator[None]:
     """Only such cuDNN kernels as give the same numbers each time; the choice is put back."""
     before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True
@@ -28,7 +28,23 @@ def _repeatable() -> Iterator[None]:
         torch.backends.cudnn.deterministic = before
 
 
-@_repeatable()
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for torch, which is fastest for a small network, and gives the same numbers.
+
+    >>> with one_thread():
+    ...     torch.get_num_threads()
+    1
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@repeatable()
 def train(
     model: nn.Module,
     loss: Callable[[Tensor, Tensor], Tensor],
@@ -51,8 +67,8 @@ def train(
     """Train on the given labels with SGD and a cosine schedule; return a table, one row an epoch.
 
     Everything stays on the data's device, and a step does not wait for it: the running loss is read
-    once an epoch. So small a network as the digits' trains fastest on one core:
-    ``torch.set_num_threads(1)``.
+    once an epoch. So small a network as the digits' trains fastest on one core,
+    see :func:`one_thread`, and many of them in an ensemble, see :mod:`apl.ensemble`.
 
     Parameters
     ----------
@@ -156,12 +172,19 @@ def memorization(predicted: Tensor, data: Dataset) -> dict[str, float]:
     fraction of them predicted *as they truly are*, corrected. Without wrong labels the last two
     are NaN. ``train_given`` and ``train_true`` are the accuracies on the whole training set.
     """
-    wrong = data.corrupted
-    as_given, as_true = predicted == data.given, predicted == data.labels
+    found = memorized(predicted, data.given, data.labels)
+    return {name: share.item() for name, share in found.items()}
+
+
+def memorized(predicted: Tensor, given: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """What :func:`memorization` says, for predictions and labels of shape (..., N), unread."""
+    wrong, as_given, as_true = given != labels, predicted == given, predicted == labels
+    right = ~wrong
+    n_right, n_wrong = right.sum(-1), wrong.sum(-1)
     return {
-        "clean": as_true[~wrong].float().mean().item(),
-        "wrong_given": as_given[wrong].float().mean().item(),
-        "wrong_true": as_true[wrong].float().mean().item(),
-        "train_given": as_given.float().mean().item(),
-        "train_true": as_true.float().mean().item(),
+        "clean": (as_true & right).sum(-1) / n_right,
+        "wrong_given": (as_given & wrong).sum(-1) / n_wrong,
+        "wrong_true": (as_true & wrong).sum(-1) / n_wrong,
+        "train_given": as_given.float().mean(-1),
+        "train_true": as_true.float().mean(-1),
     }

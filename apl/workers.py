@@ -8,6 +8,7 @@ import signal
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection, wait
@@ -17,13 +18,16 @@ from typing import Any
 
 import torch
 
+from apl import processes, streaming, webvision
 from apl.checkpoints import Checkpoint, OutOfTime
 from apl.grid import Cell
 from apl.protocols import SMALL
 from apl.provenance import commit, device_name, versions
 from apl.records import Record, RecordError, Store, digest
+from apl.together import train
+from apl.training import one_thread
 
-__all__ = ["Conditions", "Event", "here", "run", "side_by_side"]
+__all__ = ["Conditions", "Event", "follow", "here", "run", "sentence", "side_by_side"]
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,9 @@ class Event:
     """Something that happened to a run.
 
     ``kind`` is "epoch" (``value`` are the epochs done), "done" (the record), "recorded" (it was
-    done already), "elsewhere" (another process is at it), "stopped" (at the deadline), "failed"
-    (this run, with a sentence), "broken" (all of them will: a sentence and a traceback), "lost"
-    (its process died), or "note" (a sentence).
+    done already), "elsewhere" (another process is at it), "stopped" (at the deadline), "late"
+    (likewise, and nothing of it is saved), "failed" (this run, with a sentence), "broken" (all of
+    them will: a sentence and a traceback), "lost" (its process died), or "note" (a sentence).
     """
 
     cell: Cell
@@ -57,6 +61,9 @@ class Event:
 
 Tell = Callable[[Event], None]
 Next = Callable[[], Cell | None]
+Task = Cell | tuple[Cell, ...]
+"""A run, or several that are trained at once."""
+NextTask = Callable[[], Task | None]
 
 
 def run(
@@ -71,7 +78,8 @@ def run(
     """Train a cell, continuing from its checkpoint if there is one, and write its record.
 
     To be called by who holds the store's claim on the run; ``deadline``, ``every`` and ``on_epoch``
-    are those of :class:`apl.checkpoints.Checkpoint`.
+    are those of :class:`apl.checkpoints.Checkpoint`. Under ``torchrun`` the first process calls it,
+    and the others :func:`follow`.
 
     Raises
     ------
@@ -81,8 +89,16 @@ def run(
         when the loss diverges
     OSError
         when the record cannot be written
+    ValueError
+        where there are several processes, for a data set that one process trains on
     """
     protocol, settings = cell.protocol(root), cell.settings()
+    team = processes.team()
+    if team.size > 1:
+        if cell.dataset != "webvision":
+            raise ValueError(f"{cell.dataset} is for one process: start it without torchrun")
+        webvision.read(root)  # what is missing is said once, before the others are called
+        team.share((cell, root))
     device = device_name(protocol.device)
     key = digest(settings | {"device": device, "torch": str(torch.__version__)})
     checkpoint = Checkpoint(
@@ -90,53 +106,81 @@ def run(
     )
     # So small a network as the digits' is fastest on one thread, and its numbers are then the same
     # however many cores there are.
-    before = torch.get_num_threads()
-    threads = 1 if cell.dataset in SMALL else before
-    torch.set_num_threads(threads)
     try:
-        history = protocol.train(
-            cell.loss,
-            cell.kind,
-            cell.rate,
-            cell.seed,
-            parameters=cell.parameters(),
-            progress=False,
-            checkpoint=checkpoint,
-        )
-    finally:
-        torch.set_num_threads(before)
-    made: dict[str, Any] = {**versions(), "commit": commit(), "device": device}
-    made |= {"threads": threads, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
-    made |= {"seconds": round(checkpoint.elapsed, 3), "continued": checkpoint.continued}
+        with one_thread() if cell.dataset in SMALL else nullcontext():
+            threads = torch.get_num_threads()
+            history = protocol.train(
+                cell.loss,
+                cell.kind,
+                cell.rate,
+                cell.seed,
+                parameters=cell.parameters(),
+                progress=False,
+                checkpoint=checkpoint,
+            )
+    except (OutOfTime, FloatingPointError):
+        raise  # as in all processes
+    except BaseException:
+        processes.leave()
+        raise
+    made = _made(device, threads, checkpoint.elapsed, checkpoint.continued)
+    if cell.dataset == "webvision":
+        numbers = streaming.precision(protocol.device)
+        made |= {"processes": team.size, "precision": numbers}
     record = Record(settings, history, made)
     store.write(record)
     checkpoint.remove()
     return record
 
 
-def here(next_cell: Next, conditions: Conditions, tell: Tell) -> None:
-    """Run cells in this process until there is none."""
-    while (cell := next_cell()) is not None:
-        _work(cell, conditions, tell)
+def _made(device: str, threads: int, seconds: float, continued: list[int]) -> dict[str, Any]:
+    made: dict[str, Any] = {**versions(), "commit": commit(), "device": device}
+    made |= {"threads": threads, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
+    return made | {"seconds": round(seconds, 3), "continued": continued}
 
 
-def side_by_side(next_cell: Next, conditions: Conditions, tell: Tell) -> None:
+def follow(team: processes.Team) -> None:
+    """Take part in the runs of the first process, until it says that there are no more.
+
+    Raises: as training does; what ends a run in all processes, such as a deadline, is not raised.
+    """
+    with processes.reworded():
+        while (called := team.share(None)) is not None:
+            cell, root = called
+            with suppress(OutOfTime, FloatingPointError):
+                cell.protocol(root).train(
+                    cell.loss,
+                    cell.kind,
+                    cell.rate,
+                    cell.seed,
+                    parameters=cell.parameters(),
+                    progress=False,
+                )
+
+
+def here(next_task: NextTask, conditions: Conditions, tell: Tell) -> None:
+    """Run cells in this process, one or several at once, until there is none."""
+    while (task := next_task()) is not None:
+        _work(task, conditions, tell)
+
+
+def side_by_side(next_task: NextTask, conditions: Conditions, tell: Tell) -> None:
     """Run cells in ``conditions.jobs`` processes at once until there is none.
 
-    A process that dies takes nothing with it but its run, and the others go on; they end with this
+    A process that dies takes nothing with it but its task, and the others go on; they end with this
     process, however it ends.
     """
     context = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
-    busy: dict[Connection, tuple[BaseProcess, Cell]] = {}
+    busy: dict[Connection, tuple[BaseProcess, list[Cell]]] = {}
 
     def start() -> None:
-        if (cell := next_cell()) is not None:
+        if (task := next_task()) is not None:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, conditions), daemon=True)
             process.start()
             theirs.close()
-            ours.send(cell)
-            busy[ours] = process, cell
+            ours.send(task)
+            busy[ours] = process, _cells(task)
 
     try:
         for _ in range(conditions.jobs):
@@ -144,20 +188,23 @@ def side_by_side(next_cell: Next, conditions: Conditions, tell: Tell) -> None:
         while busy:
             for ready in wait(list(busy)):
                 assert isinstance(ready, Connection)
-                process, cell = busy[ready]
+                process, left = busy[ready]
                 try:
                     event = ready.recv()
                 except (EOFError, ConnectionError):
                     process.join()
                     del busy[ready]
-                    tell(Event(cell, "lost", process.exitcode))
+                    for cell in left:
+                        tell(Event(cell, "lost", process.exitcode))
                     start()
                     continue
                 if event is not None:
+                    if event.kind not in ("epoch", "note"):
+                        left.remove(event.cell)
                     tell(event)
-                elif (following := next_cell()) is not None:
+                elif (following := next_task()) is not None:
                     ready.send(following)
-                    busy[ready] = process, following
+                    busy[ready] = process, _cells(following)
                 else:
                     ready.close()
                     del busy[ready]
@@ -169,7 +216,7 @@ def side_by_side(next_cell: Next, conditions: Conditions, tell: Tell) -> None:
 
 
 def _serve(pipe: Connection, conditions: Conditions) -> None:
-    """What a worker does: each cell it is sent, then None for ready."""
+    """What a worker does: each task it is sent, then None for ready."""
     # Ctrl-C reaches every process of the terminal; the one that started this one decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // conditions.jobs))
@@ -181,41 +228,91 @@ def _serve(pipe: Connection, conditions: Conditions) -> None:
         return  # there is no more to do, or nobody to do it for
 
 
-def _work(cell: Cell, conditions: Conditions, tell: Tell) -> None:
-    store, settings = Store(conditions.folder), cell.settings()
-    try:
-        with store.claim(settings) as ours:
-            if not ours:
-                return tell(Event(cell, "elsewhere"))
-            try:
-                if store.read(settings) is not None:
-                    return tell(Event(cell, "recorded"))
-            except RecordError as error:
-                tell(Event(cell, "note", f"{error}: it is kept beside it, and run again"))
+def _work(task: Task, conditions: Conditions, tell: Tell) -> None:
+    store, cells = Store(conditions.folder), _cells(task)
+    with ExitStack() as claims:
+        try:
+            free = [cell for cell in cells if _free(cell, store, claims, tell)]
+            if not free:
+                return
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("default")
-                record = run(
-                    cell,
-                    store,
-                    root=conditions.root,
-                    deadline=conditions.deadline,
-                    every=conditions.every,
-                    on_epoch=lambda epochs: tell(Event(cell, "epoch", epochs)),
-                )
+                do = _one if len(free) == 1 else _several
+                ended = do(free, store, conditions, tell)
             for warning in caught:
-                tell(Event(cell, "note", str(warning.message)))
-            tell(Event(cell, "done", record))
+                tell(Event(free[0], "note", str(warning.message)))
+            for event in ended:
+                tell(event)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            tell(Event(cells[0], "broken", (sentence(error), traceback.format_exc())))
+
+
+def _free(cell: Cell, store: Store, claims: ExitStack, tell: Tell) -> bool:
+    """Claim a cell; whether it is ours and to be done, else it is told what it is."""
+    settings = cell.settings()
+    if not claims.enter_context(store.claim(settings)):
+        tell(Event(cell, "elsewhere"))
+        return False
+    try:
+        if store.read(settings) is not None:
+            tell(Event(cell, "recorded"))
+            return False
+    except RecordError as error:
+        tell(Event(cell, "note", f"{error}: it is kept beside it, and run again"))
+    return True
+
+
+def _one(cells: list[Cell], store: Store, conditions: Conditions, tell: Tell) -> list[Event]:
+    (cell,) = cells
+    try:
+        record = run(
+            cell,
+            store,
+            root=conditions.root,
+            deadline=conditions.deadline,
+            every=conditions.every,
+            on_epoch=lambda epochs: tell(Event(cell, "epoch", epochs)),
+        )
     except OutOfTime as stopped:
-        tell(Event(cell, "stopped", str(stopped)))
+        return [Event(cell, "stopped", str(stopped))]
     except FloatingPointError as error:
-        tell(Event(cell, "failed", str(error)))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        tell(Event(cell, "broken", (_sentence(error), traceback.format_exc())))
+        return [Event(cell, "failed", str(error))]
+    return [Event(cell, "done", record)]
 
 
-def _sentence(error: Exception) -> str:
+def _several(cells: list[Cell], store: Store, conditions: Conditions, tell: Tell) -> list[Event]:
+    def on_epoch(epochs: int) -> None:
+        for cell in cells:
+            tell(Event(cell, "epoch", epochs))
+
+    try:
+        histories, seconds = train(cells, deadline=conditions.deadline, on_epoch=on_epoch)
+    except OutOfTime as stopped:
+        return [Event(cell, "late", str(stopped)) for cell in cells]
+    made = _made(device_name("cpu"), 1, seconds, []) | {"together": len(cells)}
+    events = []
+    for cell, history in zip(cells, histories, strict=True):
+        if isinstance(history, FloatingPointError):
+            events.append(Event(cell, "failed", str(history)))
+            continue
+        record = Record(cell.settings(), history, made)
+        store.write(record)
+        events.append(Event(cell, "done", record))
+    return events
+
+
+def _cells(task: Task) -> list[Cell]:
+    return [task] if isinstance(task, Cell) else list(task)
+
+
+def sentence(error: Exception) -> str:
+    r"""What went wrong, in one line.
+
+    >>> sentence(ValueError("no such loss\nat all"))
+    'no such loss'
+    """
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
         at = f" {error.filename}" if error.filename else ""
         return f"cannot write or read{at}: {error.strerror}"

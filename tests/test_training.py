@@ -71,14 +71,20 @@ def test_the_gradient_is_clipped():
     assert step.item() == pytest.approx(1e-4, rel=1e-2)
 
 
-def test_the_learning_rate_follows_a_cosine(monkeypatch):
-    rates = []
-    step = torch.optim.SGD.step
-    monkeypatch.setattr(
-        torch.optim.SGD,
-        "step",
-        lambda self, *a, **k: (rates.append(self.param_groups[0]["lr"]), step(self, *a, **k))[1],
-    )
+@pytest.fixture
+def rates(monkeypatch):
+    """The learning rate of each step that is made."""
+    made, step = [], torch.optim.SGD.step
+
+    def watched(self, *arguments, **keywords):
+        made.append(self.param_groups[0]["lr"])
+        return step(self, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    return made
+
+
+def test_the_learning_rate_follows_a_cosine(rates):
     history(epochs=4, lr=0.1, batch_size=1297)
     assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * e / 4)) for e in range(4)])
 
@@ -149,14 +155,7 @@ def test_a_bad_setting_is_said_before_anything_runs(setting, sentence):
 # --- what the paper's recipes add ---------------------------------------------------------------
 
 
-def test_the_learning_rate_ends_at_its_floor(monkeypatch):
-    rates = []
-    step = torch.optim.SGD.step
-    monkeypatch.setattr(
-        torch.optim.SGD,
-        "step",
-        lambda self, *a, **k: (rates.append(self.param_groups[0]["lr"]), step(self, *a, **k))[1],
-    )
+def test_the_learning_rate_ends_at_its_floor(rates):
     history(epochs=5, lr=0.01, eta_min=0.001, batch_size=1297)
     expected = [0.001 + 0.009 * (1 + math.cos(math.pi * e / 5)) / 2 for e in range(5)]
     assert rates == pytest.approx(expected)

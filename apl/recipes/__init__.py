@@ -31,6 +31,9 @@ Where a source contradicts itself, the file holds one choice:
 The parameter ``runs`` is the loss that is really trained. In three configuration files of ``code``,
 for NGCE + RCE, it is NGCE + MAE.
 
+``cifar10n.csv``, ``cifar10n_opinions.csv`` and ``cifar100n.csv`` count the labels that people gave,
+see :func:`apl.human.counted`.
+
 ``published.csv`` has the accuracies that were published, in percent, and where: see
 :func:`published`.
 """
@@ -147,7 +150,7 @@ def protocol_rows() -> tuple[Mapping[str, str], ...]:
     """Every row of ``protocols.csv``, in the order of the file; ``loss`` is "" for all losses.
 
     >>> [row["value"] for row in protocol_rows() if row["parameter"] == "nesterov"].count("true")
-    1
+    2
     """
     return tuple(MappingProxyType(row) for row in _read("protocols.csv"))
 
