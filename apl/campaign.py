@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
@@ -12,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from apl import workers
+from apl import cluster, together, workers
 from apl.checkpoints import Checkpoint
 from apl.grid import Cell
 from apl.provenance import device_name
@@ -101,13 +102,23 @@ def reproduce(
     jobs: int = 1,
     root: str | Path | None = None,
     every: float = 300.0,
+    ray: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Outcome:
     """Run the cells that have no record yet, ``jobs`` at once.
 
+    Small runs, those of digits, are trained several at once, which makes each of them cheaper, see
+    :mod:`apl.ensemble`; on a Ray cluster they go one by one.
+
+    Killed at any moment, a long run is continued from its checkpoint the next time. Of several
+    small ones at once nothing is saved before they end: what is lost are the seconds they had taken,
+    about a dozen at most, see :data:`apl.together.SECONDS`.
+
     With ``minutes``, no run is started that by the pace of earlier ones would not end in time; one
     that is still going at the limit is saved after its epoch, and continued the next time. Several
-    calls, on one machine or on several that share the folder, divide the cells among them.
+    calls, on one machine or on several that share the folder, divide the cells among them. With
+    ``ray``, the address of a cluster, one call runs them on all its machines, ``jobs`` on each GPU,
+    see :func:`apl.cluster.on_ray`.
 
     Raises
     ------
@@ -131,8 +142,11 @@ def reproduce(
         conditions = workers.Conditions(store.folder, root, deadline, every, jobs)
         with tqdm(unit="epoch", disable=None, leave=False) as bar:
             desk = _Desk(left, store, conditions, outcome, bar, say)
-            go = workers.here if jobs == 1 else workers.side_by_side
-            go(desk.next_cell, conditions, desk.tell)
+            if ray is not None:
+                cluster.on_ray(desk.next_cell, conditions, desk.tell, address=ray)
+            else:
+                go = workers.here if jobs == 1 else workers.side_by_side
+                go(desk.next_task, conditions, desk.tell)
     return outcome
 
 
@@ -153,6 +167,7 @@ class _Desk:
         self.bar, self.say = bar, say
         self.pace = Pace(store.all()[0])
         self.at: dict[Cell, int] = {}  # epochs done of the runs that are going
+        self.share: dict[Cell, float] = {}  # of its task
         self.ended = 0
         self.said = time.time()
         bar.total = sum(cell.settings()["epochs"] for cell in cells)
@@ -167,6 +182,29 @@ class _Desk:
                 return cell
             self.outcome.too_long.append(cell)
         return None
+
+    def next_task(self) -> workers.Task | None:
+        """The next cell, with those after it that are best trained along with it."""
+        if (first := self.next_cell()) is None:
+            return None
+        cells, (kind, most) = [first], self._alike(first)
+        most = min(most, math.ceil((len(self.waiting) + 1) / self.conditions.jobs))
+        seconds, deadline = self.pace.of(first) or 0, self.conditions.deadline
+        while self.waiting and len(cells) < most:
+            cell = self.waiting[0]
+            seconds += self.pace.of(cell) or 0
+            late = deadline is not None and time.time() + seconds >= deadline
+            if late or self._alike(cell)[0] != kind:
+                break
+            self.at[self.waiting.popleft()] = 0
+            cells.append(cell)
+        self.share |= dict.fromkeys(cells, 1 / len(cells))
+        return first if len(cells) == 1 else tuple(cells)
+
+    def _alike(self, cell: Cell) -> tuple[str, int]:
+        # One that has a checkpoint is continued, alone.
+        saved = self.store.checkpoint(cell.settings()).exists()
+        return (f"{cell}", 1) if saved else together.alike(cell)
 
     def tell(self, event: workers.Event) -> None:
         cell, kind, value = event.cell, event.kind, event.value
@@ -183,7 +221,8 @@ class _Desk:
             return self._print(f"  {value}")
         self.ended += 1
         self.bar.total -= cell.settings()["epochs"] - self.at.pop(cell)
-        getattr(self.outcome, "failed" if kind == "lost" else kind).append(cell)
+        group = {"lost": "failed", "late": "too_long"}.get(kind, kind)
+        getattr(self.outcome, group).append(cell)
         if kind == "done":
             what = self._done(cell, value)
         else:
@@ -191,6 +230,7 @@ class _Desk:
                 "recorded": "recorded meanwhile",
                 "elsewhere": "another process is at it",
                 "stopped": f"{value}, to be continued",
+                "late": f"{value}, to be done anew",
                 "failed": value,
                 "lost": f"its process died (exit status {value})",
             }[kind]
@@ -203,8 +243,10 @@ class _Desk:
         rest = [self.pace.of(c) for c in self.waiting]
         rest += [self.pace.of(c, epochs) for c, epochs in self.at.items()]
         times = [time for time in rest if time is not None]
+        # On a cluster, jobs are those of each GPU, and this run had a place too.
+        at_once = max(self.conditions.jobs, sum(self.share.get(c, 1) for c in (*self.at, cell)))
         if times and len(times) == len(rest):
-            what += f"; about {duration(sum(times) / self.conditions.jobs)} left"
+            what += f"; about {duration(sum(times) / at_once)} left"
         return what
 
     def _print(self, line: str) -> None:

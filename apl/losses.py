@@ -10,7 +10,7 @@ import torch
 from sympy import Expr, Float, Integer, Mul, Symbol
 from torch import Tensor, nn
 
-from apl import catalog, symbolic
+from apl import catalog, fused, symbolic
 from apl.checks import check_call, check_settings, label_error
 from apl.kernels import compile_loss
 
@@ -80,6 +80,21 @@ class Loss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of logits and labels, reduced."""
         check_call(logits, target)
+        if torch.compiler.is_compiling() or not fused.applies(logits, target):
+            return self._plain(logits, target)
+        call = fused.Call(
+            self.expression,
+            self.hyperparameters,
+            self.reduction,
+            self.ignore_index,
+            self._kernel,
+            self._plain,
+        )
+        value = fused.loss(call, logits, target)
+        return self._plain(logits, target) if value is None else value
+
+    def _plain(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss as torch operations, which autograd and all that builds on it see through."""
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         rows = logits.movedim(1, -1) if logits.ndim > 1 else logits

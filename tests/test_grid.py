@@ -57,7 +57,7 @@ def test_slices():
         ({"datasets": ["imagenet"]}, "no protocol 'imagenet'; there is digits"),
         ({"losses": ["nce+mea"]}, "no loss is named 'nce\\+mea'"),
         ({"datasets": ["mnist"], "losses": ["mae+rce"]}, "is for the loss 'mae\\+rce'; there is"),
-        ({"noises": ["real"]}, "no noise 'real'; there is clean, symmetric, asymmetric"),
+        ({"noises": ["pairs"]}, "no noise 'pairs'; there is clean, symmetric, asymmetric"),
         ({"rates": [0.5]}, "no table has the rate 0.5"),
         ({"noises": ["symmetric"], "rates": [1.5]}, "rate must lie between 0 and 1, not 1.5"),
         ({"noises": ["symmetric"], "rates": [0.0]}, "symmetric noise of rate 0 is not possible"),

@@ -257,6 +257,19 @@ def test_what_there_is_not_is_said():
                 function(*arguments)
 
 
+def test_a_measured_matrix_is_that_of_the_labels():
+    T = apl.noise.asymmetric("mnist", 0.25)
+    labels = torch.arange(10).repeat(8)
+    assert torch.equal(apl.noise.measured(labels, apl.noise.corrupt(labels, T, 0), 10), T)
+    for given, K, sentence in (
+        (labels[1:], 10, "there are 80 labels and 79 given ones"),
+        (labels, 9, "labels must lie in 0..8"),
+        (labels, 11, "class 10 has no sample to measure its row by"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            apl.noise.measured(labels, given, K)
+
+
 # --- as a kind of noise -------------------------------------------------------------------------
 
 

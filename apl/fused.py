@@ -1,0 +1,157 @@
+"""The closed form behind ordinary ``backward()``: the gradient is there when the value is.
+
+:class:`Fused` is what autograd sees. It takes a call where :func:`applies` says so; everything
+else (``torch.func``, ``torch.compile``, forward mode, float64, an expression without a closed
+form) runs through the plain path of :mod:`apl.kernels`, and so do second derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from sympy import Expr
+from torch import Tensor
+
+from apl.blocks import Program, evaluate, program
+from apl.checks import label_error
+from apl.kernels import Kernel
+
+__all__ = ["Call", "Fused", "applies", "loss"]
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Call(NamedTuple):
+    """What a loss is called with, beside logits and labels; ``plain`` is its plain path, whole."""
+
+    expression: Expr
+    parameters: Mapping[str, float]
+    reduction: str
+    ignore_index: int
+    kernel: Kernel
+    plain: Callable[[Tensor, Tensor], Tensor]
+
+
+def applies(logits: Tensor, target: Tensor) -> bool:
+    """Whether a call can take the closed form: plain tensors, ordinary first derivatives.
+
+    Examples
+    --------
+    >>> applies(torch.zeros(2, 3), torch.tensor([0, 1]))
+    True
+    >>> applies(torch.zeros(2, 3).double(), torch.tensor([0, 1]))
+    False
+    """
+    return (
+        type(logits) in _PLAIN
+        and type(target) in _PLAIN
+        and logits.dtype in _DTYPES
+        and logits.device.type == "cpu"
+        and target.device == logits.device
+        and logits.numel() > 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+        and not torch.jit.is_tracing()
+    )
+
+
+def loss(call: Call, logits: Tensor, target: Tensor) -> Tensor | None:
+    """The loss of a call that :func:`applies`, reduced; None where the plain path must run."""
+    classes = logits.shape[1] if logits.ndim > 1 else logits.shape[0]
+    code = program(call.expression, call.parameters, classes)
+    if code is None:
+        return None
+    if logits.requires_grad and torch.is_grad_enabled():
+        return Fused.apply(logits, target, code, call)
+    return _reduced(code, call, logits, target, with_gradient=False)[0]
+
+
+class Fused(torch.autograd.Function):
+    """A value that knows its gradient. Second derivatives go through the plain path."""
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor, target: Tensor, code: Program, call: Call) -> Tensor:
+        """The value; its gradient waits."""
+        value, context.gradient = _reduced(code, call, logits, target)
+        context.save_for_backward(logits, target)
+        context.code, context.call = code, call
+        return value
+
+    @staticmethod
+    def backward(context: Any, *incoming: Tensor) -> tuple[Tensor | None, None, None, None]:
+        """The gradient, times what comes in."""
+        (given,) = incoming
+        gradient, context.gradient = context.gradient, None
+        if torch.is_grad_enabled():  # create_graph: a constant would have no derivative
+            logits, target = context.saved_tensors
+            value = context.call.plain(logits, target)
+            (gradient,) = torch.autograd.grad(value, logits, given, create_graph=True)
+            return gradient, None, None, None
+        if gradient is None:  # a second backward: what the first one gave is the caller's now
+            logits, target = context.saved_tensors
+            gradient = _reduced(context.code, context.call, logits, target)[1]
+            assert gradient is not None
+        return _times(gradient, given), None, None, None
+
+
+def _reduced(
+    code: Program, call: Call, logits: Tensor, target: Tensor, *, with_gradient: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """The loss, and the gradient of it or, unreduced, of its sum."""
+    if logits.ndim == 1:
+        logits, target = logits.unsqueeze(0), target.unsqueeze(0)
+        call = call._replace(reduction="sum" if call.reduction == "none" else call.reduction)
+        value, gradient = _reduced(code, call, logits, target, with_gradient=with_gradient)
+        return value, None if gradient is None else gradient.squeeze(0)
+
+    def plain(rows: Tensor, labels: Tensor) -> Tensor:
+        return call.kernel(rows, labels, call.parameters)
+
+    target, classes = target.long(), logits.shape[1]
+    if not 0 <= call.ignore_index < classes:
+        # A label that does not count is then no class: gather says when there is one.
+        weight = 1 / target.numel() if call.reduction == "mean" else 1.0
+        try:
+            found = evaluate(code, plain, logits, target, weight, with_gradient=with_gradient)
+        except RuntimeError as error:
+            wrong = label_error(error, classes)
+            if wrong is None:
+                raise
+        else:
+            return _reduce(found[0], call.reduction), found[1]
+    counted = target != call.ignore_index
+    count = int(counted.sum())
+    weights = counted.float() / (max(count, 1) if call.reduction == "mean" else 1)
+    target = torch.where(counted, target, 0)
+    try:
+        each, gradient = evaluate(code, plain, logits, target, weights, with_gradient=with_gradient)
+    except RuntimeError as error:
+        wrong = label_error(error, classes)
+        if wrong is None:
+            raise
+        raise wrong from None
+    each = torch.where(counted, each, 0.0)
+    if call.reduction == "mean":
+        return each.sum() / count, gradient
+    return _reduce(each, call.reduction), gradient
+
+
+def _reduce(each: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return each
+    return each.sum() if reduction == "sum" else each.mean()
+
+
+def _times(gradient: Tensor, given: Tensor) -> Tensor:
+    """The gradient times what comes in, one factor or one for each loss, in place if possible."""
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(given) or functorch.is_legacy_batchedtensor(given):
+        return gradient * (given.unsqueeze(1) if given.ndim else given)
+    if not given.ndim:  # of a mean or a sum: nearly always 1
+        return gradient if given.item() == 1 else gradient.mul_(given)
+    if not any(given.stride()) and given.flatten()[0].item() == 1:  # from .sum()
+        return gradient
+    return gradient.mul_(given.unsqueeze(1) if gradient.ndim > given.ndim else given)

@@ -1,0 +1,203 @@
+"""Networks of one shape as one: weights stacked, (networks, outputs, inputs), gradients by hand.
+
+Backpropagation is written out, because autograd would keep what a step no longer needs, and its
+batch normalization takes the time of a matrix product. Tests hold it against autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Stack", "stackable"]
+
+
+class Stack:
+    """Networks of one shape as one. What goes through it is (networks, features, samples).
+
+    Examples
+    --------
+    >>> from apl.models import digits_net
+    >>> stack = Stack([digits_net(seed) for seed in range(3)])
+    >>> stack.forward(torch.zeros(3, 64, 5), training=False).shape
+    torch.Size([3, 10, 5])
+    """
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        columns = zip(*(list(model.children())[1:] for model in models), strict=True)
+        self.layers: list[_Layer] = [_LAYERS[type(column[0])](column) for column in columns]
+        self._velocities = [torch.zeros_like(p) for p in self._parameters()]
+
+    def forward(self, x: Tensor, *, training: bool) -> Tensor:
+        """The logits (networks, K, samples)."""
+        for layer in self.layers:
+            x = layer.forward(x, training)
+        return x
+
+    def backward(self, slope: Tensor) -> None:
+        """The gradients of all weights, from those in the logits."""
+        first, *others = self.layers
+        for layer in reversed(others):
+            slope = layer.backward(slope)
+        first.backward(slope, last=True)
+
+    def predict(self, images: Tensor, size: int = 128) -> Tensor:
+        """The predicted classes (networks, N); so many images at once fit the cache of a CPU."""
+        parts = (self.forward(part.mT, training=False) for part in images.split(size, 1))
+        return torch.cat([logits.max(1).indices for logits in parts], 1)
+
+    def step(
+        self, lr: Tensor, momentum: float, nesterov: bool, weight_decay: float, clip: float
+    ) -> None:
+        """A step of SGD of each network with its own ``lr`` (networks,), its gradient clipped."""
+        slopes = [slope for layer in self.layers for slope in layer.slopes]
+        norms = torch.stack([torch.linalg.vector_norm(s.flatten(1), dim=1) for s in slopes])
+        norm = torch.linalg.vector_norm(norms, dim=0)
+        scale = (clip / (norm + 1e-6)).clamp_(max=1.0)[:, None, None]  # as clip_grad_norm_
+        rates = lr.to(scale)[:, None, None]
+        parameters = self._parameters()
+        for p, slope, velocity in zip(parameters, slopes, self._velocities, strict=True):
+            slope.mul_(scale)
+            if weight_decay:
+                slope.add_(p, alpha=weight_decay)
+            torch.add(slope, velocity, alpha=momentum, out=velocity)
+            direction = slope.add_(velocity, alpha=momentum) if nesterov else velocity
+            p.sub_(torch.mul(direction, rates, out=slope))
+
+    def write_back(self) -> None:
+        """Give the networks their weights."""
+        for layer in self.layers:
+            layer.write_back()
+
+    def _parameters(self) -> list[Tensor]:
+        return [getattr(layer, name) for layer in self.layers for name in layer.parameters]
+
+
+class _Layer:
+    """A layer of all networks; backward leaves the gradients of its parameters in ``slopes``."""
+
+    parameters: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = layers
+        self.slopes: list[Tensor] = []
+        for name in (*self.parameters, *self.buffers):
+            stacked = torch.stack([getattr(layer, name).detach() for layer in layers])
+            # A vector is a column: it goes with (networks, features, samples).
+            setattr(self, name, stacked if stacked.ndim == 3 else stacked.unsqueeze(-1))
+
+    def forward(self, x: Tensor, training: bool) -> Tensor:
+        raise NotImplementedError
+
+    def backward(self, slope: Tensor, last: bool = False) -> Tensor:
+        """The gradient in the input, from that in the output; ``last`` needs none."""
+        raise NotImplementedError
+
+    def write_back(self) -> None:
+        for name in (*self.parameters, *self.buffers):
+            for layer, value in zip(self.layers, getattr(self, name), strict=True):
+                own = getattr(layer, name)
+                own.copy_(value.view_as(own))
+
+
+class _Linear(_Layer):
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.parameters = ("weight",) if layers[0].bias is None else ("weight", "bias")
+        super().__init__(layers)
+
+    def forward(self, x: Tensor, training: bool) -> Tensor:
+        self.x = x
+        y = self.weight @ x
+        return y if len(self.parameters) == 1 else y.add_(self.bias)
+
+    def backward(self, slope: Tensor, last: bool = False) -> Tensor:
+        self.slopes = [slope @ self.x.mT]
+        if len(self.parameters) == 2:
+            self.slopes.append(slope.sum(2, keepdim=True))
+        return slope if last else self.weight.mT @ slope
+
+
+class _BatchNorm(_Layer):
+    parameters = ("weight", "bias")
+    buffers = ("running_mean", "running_var")
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        super().__init__(layers)
+        self.eps, self.momentum = layers[0].eps, layers[0].momentum
+        self.steps = 0
+
+    def forward(self, x: Tensor, training: bool) -> Tensor:
+        if not training:
+            scale = self.weight * (self.running_var + self.eps).rsqrt_()
+            return x.mul_(scale).add_(self.bias - self.running_mean * scale)
+        B = x.shape[2]
+        mean = x.mean(2, keepdim=True)
+        self.x = x.sub_(mean)
+        var = torch.linalg.vector_norm(self.x, dim=2, keepdim=True).square_().div_(B)
+        self.inverse = (var + self.eps).rsqrt_()
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var.mul_(B / (B - 1)), self.momentum)
+        self.steps += 1
+        return (self.x * (self.inverse * self.weight)).add_(self.bias)
+
+    def backward(self, slope: Tensor, last: bool = False) -> Tensor:
+        B = slope.shape[2]
+        shift = slope.sum(2, keepdim=True)
+        product = slope * self.x
+        stretch = product.sum(2, keepdim=True).mul_(self.inverse)
+        self.slopes = [stretch, shift]
+        # What a change of x does through the mean and the variance of the batch.
+        torch.mul(self.x, stretch * self.inverse / B, out=product).add_(shift / B)
+        return product.sub_(slope).mul_(-self.inverse * self.weight)
+
+    def write_back(self) -> None:
+        super().write_back()
+        for layer in self.layers:
+            layer.num_batches_tracked += self.steps
+
+
+class _ReLU(_Layer):
+    def forward(self, x: Tensor, training: bool) -> Tensor:
+        self.y = x.relu_()
+        return self.y
+
+    def backward(self, slope: Tensor, last: bool = False) -> Tensor:
+        return torch.ops.aten.threshold_backward(slope, self.y, 0)
+
+
+_LAYERS: dict[type[nn.Module], type[_Layer]] = {
+    nn.Linear: _Linear,
+    nn.BatchNorm1d: _BatchNorm,
+    nn.ReLU: _ReLU,
+}
+
+
+def stackable(model: nn.Module) -> bool:
+    """Whether a network is ``Flatten``, then ``Linear`` alone or before others, all known here.
+
+    >>> from apl.models import digits_net, mnist_cnn
+    >>> stackable(digits_net()), stackable(mnist_cnn())
+    (True, False)
+    """
+    if not isinstance(model, nn.Sequential) or type(next(model.children(), None)) is not nn.Flatten:
+        return False
+    layers = [type(layer) for layer in model][1:]
+    # Batch normalization and ReLU change what they are given, which no other layer may need.
+    return bool(layers) and all(
+        now is nn.Linear
+        or (now is nn.BatchNorm1d and before is nn.Linear)
+        or (now is nn.ReLU and before in (nn.Linear, nn.BatchNorm1d))
+        for before, now in pairwise([nn.Flatten, *layers])
+    )
