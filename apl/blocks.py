@@ -185,17 +185,53 @@ def _part(
     weight: float | Tensor,
 ) -> Tensor:
     """The losses (n, 1) of rows (n, K); the weighted gradient is written."""
-    wide = program.bulks > 0 and z.numel() <= SMALL
-    dtype = torch.float64 if wide else torch.float32
-    rows = z.to(dtype) if z.dtype.itemsize < 8 else z
+    if z.numel() <= SMALL:
+        value = _few(program, z, y, gradient, weight)
+        if value is not None:
+            return value
+    rows = z.float() if z.dtype.itemsize < 4 else z
     # Where the gradient's own memory fits, it is where the exponentials are put.
     fits = gradient is not None and gradient.dtype == rows.dtype and gradient.is_contiguous()
     out = gradient if gradient is not None and fits else torch.empty_like(rows)
-    exact = wide and z.dtype != dtype
-    value = _block(program, plain, rows, y, weight, out, exact, gradient is not None)
+    value = _block(program, plain, rows, y, weight, out, gradient is not None)
     if gradient is not None and not fits:
         gradient.copy_(out.view(gradient.shape))
-    return value.float() if z.dtype.itemsize < 8 else value
+    return value
+
+
+def _few(
+    program: Program, z: Tensor, y: Tensor, gradient: Tensor | None, weight: float | Tensor
+) -> Tensor | None:
+    """The same in float64, in few operations, unless some 1 - p is too small even for that."""
+    K = z.shape[1]
+    logp = torch.log_softmax(z, 1, torch.float64)
+    if z.dtype.itemsize == 8 or logp.amax() > -1e-9:
+        return None
+    u_y = logp.gather(1, y)
+    P_y = u_y.exp() if P in program.reads else None
+    C_y = u_y.expm1().neg_() if C in program.reads else None
+    values: list[Any] = []
+    slopes: list[Any] = []
+    if program.affines:
+        logs = logp.sum(1, keepdim=True).sub_(u_y)
+        for constant, slope in _pairs(program.affine(K)):
+            values.append(logs * slope + (K - 1) * constant)
+            slopes.append(slope)
+    if program.bulks:
+        p = logp.exp()
+        for i, (value, slope) in enumerate(_pairs(program.bulk(logp, p, K))):
+            each = _column(value, logp).scatter(1, y, 0.0)
+            sum_ = each.sum(1, keepdim=True) if not program.products[i] else _log_of_product(each)
+            values.append(sum_)
+            slopes.append(slope)
+    value, of_label, *of_sums = program.label(u_y, P_y, C_y, K, *values)
+    if gradient is not None:
+        of_label = _column(of_label, u_y).mul(weight)
+        G = sum(c * slope for c, slope in zip(of_sums, slopes, strict=True))
+        G = _column(G, u_y) * weight if of_sums else torch.zeros_like(u_y)
+        G = G.expand(logp.shape).scatter(1, y, of_label)
+        gradient.copy_(torch._log_softmax_backward_data(G, logp, 1, torch.float64))
+    return _column(value, u_y).float()
 
 
 @dataclass(frozen=True)
@@ -233,7 +269,6 @@ def _block(
     y: Tensor,
     weight: float | Tensor,
     out: Tensor,
-    exact: bool,
     with_gradient: bool,
 ) -> Tensor:
     """The losses (n, 1) of rows (n, K); the weighted gradient is left in ``out``."""
@@ -249,8 +284,7 @@ def _block(
     # e_y - 1 is exactly 0 where the label is on top: log p keeps its digits near p = 1.
     log_total = (e_y - 1).add_(others).log1p_()
     top = None
-    # In float64, of float32 logits, 1 - p keeps enough digits down to 1e-9.
-    if program.bulks and not (exact and total.amin() > 1 + 1e-9):
+    if program.bulks:
         top = _take_top(e, e_y, total)
     if top is not None:
         log_total[top.rows] = -top.u
