@@ -1,125 +1,32 @@
 """Value and gradient of a loss together on a CPU: its closed form, on blocks of rows.
 
 A block fits the cache, so that the logits are read from memory once and the gradient is written
-once. What :mod:`apl.closed_form` found is compiled to torch code by :func:`program`, and
-:func:`evaluate` runs it. Digits are kept as in :mod:`apl.kernels`: the label, and a class with p
-above 1/2, are measured by what the other classes leave.
+once. Digits are kept as in :mod:`apl.kernels`: the label, and a class with p above 1/2, are
+measured by what the other classes leave.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
-from sympy import Expr, Symbol, lambdify
-from sympy.codegen.cfunctions import log1p
 from torch import Tensor
 
-from apl.closed_form import C, P, derive, u
-from apl.symbolic import K
+from apl.closed_form import C, P, u
+from apl.programs import LOG2_E, Program
 
-__all__ = ["BLOCK", "Program", "evaluate", "program"]
+__all__ = ["BLOCK", "SMALL", "evaluate"]
 
-BLOCK = 1 << 18
-"""Logits in a block: 1 MiB of float32."""
+BLOCK = 1 << 19
+"""Logits in a block: 2 MiB of float32."""
 SMALL = 1 << 14
 """Up to so many logits, float64 is cheaper than care about digits."""
-_LOG2_E = math.log2(math.e)
 
 Plain = Callable[[Tensor, Tensor], Tensor]
 """The plain path: losses (n,) of float32 logits (n, K) and labels (n,)."""
-
-
-@dataclass(frozen=True)
-class Program:
-    """A closed form as torch code, the sums of a + b u first.
-
-    ``label`` gives the value, its slope by the label's u and its slopes by the sums; ``affine`` a
-    and b of the sums of a + b u, which need no function of each class; ``bulk`` the value and the
-    slope of the terms of each other sum for p up to 1/2, and ``edge`` the same for every p.
-    ``products`` says of which sums ``bulk`` gives -p for log(1 - p), whose sum is the logarithm of
-    one product. ``reads`` are those of u, P and C that ``label`` reads, and u if ``bulk`` does.
-    """
-
-    label: Callable[..., list[Any]]
-    affine: Callable[..., list[Any]]
-    bulk: Callable[..., list[Any]]
-    edge: Callable[..., list[Any]]
-    affines: int
-    bulks: int
-    products: tuple[bool, ...]
-    reads: frozenset[Symbol]
-    delicate: bool
-
-
-def program(expression: Expr, values: Mapping[str, float], classes: int) -> Program | None:
-    """The code of a loss with its parameters set, or None where it has no closed form.
-
-    Examples
-    --------
-    >>> from apl.catalog import entry
-    >>> nce = program(entry("nce").expression, {}, classes=10)
-    >>> nce.affines, nce.bulks
-    (1, 0)
-    """
-    return _program(expression, tuple(sorted(values.items())), classes == 2)
-
-
-@lru_cache(maxsize=256)
-def _program(
-    expression: Expr, values: tuple[tuple[str, float], ...], pair: bool
-) -> Program | None:
-    form = derive(expression, dict(values))
-    if form is None:
-        return None
-    # Of two classes the other one may be nearly certain, and its u, alone in the sum, tiny. Of
-    # more classes the sum of all u is as exact as its terms.
-    affine = [s for s in form.sums if s.affine is not None and not pair]
-    bulk = [s for s in form.sums if s not in affine]
-    derivatives = dict(zip(form.sums, form.of_sums, strict=True))
-    at_label = [form.value, form.of_label, *(derivatives[s] for s in affine + bulk)]
-    products = tuple(s.value == log1p(-P) for s in bulk)
-    in_bulk = [
-        e
-        for s, product in zip(bulk, products, strict=True)
-        for e in (-P if product else s.value, s.slope)
-    ]
-    reads = [e.free_symbols for e in at_label] + [e.free_symbols & {u} for e in in_bulk]
-
-    def code(arguments: list[Symbol], results: list[Expr], fast: bool = False) -> Any:
-        return lambdify(arguments, results, modules=[_FAST if fast else _TORCH], cse=True)
-
-    return Program(
-        label=code([u, P, C, K, *(s.symbol for s in affine + bulk)], at_label),
-        affine=code([K], [e for s in affine for e in s.affine or ()]),
-        bulk=code([u, P, K], in_bulk, fast=True),
-        edge=code([u, P, C, K], [e for s in bulk for e in (s.edge_value, s.edge_slope)]),
-        affines=len(affine),
-        bulks=len(bulk),
-        products=products,
-        reads=frozenset({u, P, C}.intersection(*[set().union(*reads)])),
-        delicate=form.delicate,
-    )
-
-
-def _exp(x: Tensor) -> Tensor:
-    """exp(x) through exp2, of torch's exponentials the fastest on a CPU, by a factor of 3."""
-    return torch.mul(x, _LOG2_E).exp2_()
-
-
-def _log1p(x: Tensor) -> Tensor:
-    """log(1 + x) for x of at least -1/2, by correcting log: torch's log1p is not vectorized."""
-    whole = x + 1
-    lost = (whole - 1).sub_(x).div_(whole)
-    return whole.log_().sub_(lost)
-
-
-_TORCH = {name: getattr(torch, name) for name in ("exp", "log", "expm1", "log1p", "tanh", "sqrt")}
-_FAST = {**_TORCH, "exp": _exp, "log1p": _log1p}
 
 
 def evaluate(
@@ -161,9 +68,11 @@ def evaluate(
     gradient = torch.empty_like(logits) if with_gradient else None
     step = max(1, BLOCK * logits.shape[0] // logits.numel())
     if logits.ndim == 2 and step >= logits.shape[0]:
-        given = gradient, weight if isinstance(weight, float) else weight.unsqueeze(1)
-        return _part(program, plain, logits, target.unsqueeze(1), *given).squeeze(1), gradient
+        some = weight if isinstance(weight, float) else weight.unsqueeze(1)
+        each = _part(program, plain, logits, target.unsqueeze(1), gradient, some)
+        return each.squeeze(1), gradient
     values = []
+    _keep_memory()
     for start in range(0, logits.shape[0], step):
         part = slice(start, start + step)
         z, labels = logits[part].movedim(1, -1), target[part].reshape(-1, 1)
@@ -176,6 +85,16 @@ def evaluate(
     return torch.cat(values).view(target.shape), gradient
 
 
+@lru_cache(maxsize=1)
+def _keep_memory() -> None:
+    """Let glibc keep the memory of a block's results for the next block.
+
+    It returns what is freed at once to the system, whose pages then cost more than the arithmetic,
+    up to a size that grows with the largest piece freed so far. This one is never touched.
+    """
+    torch.empty(16 * BLOCK)
+
+
 def _part(
     program: Program,
     plain: Plain,
@@ -185,7 +104,7 @@ def _part(
     weight: float | Tensor,
 ) -> Tensor:
     """The losses (n, 1) of rows (n, K); the weighted gradient is written."""
-    if z.numel() <= SMALL:
+    if z.numel() <= SMALL and z.dtype.itemsize < 8:
         value = _few(program, z, y, gradient, weight)
         if value is not None:
             return value
@@ -204,33 +123,53 @@ def _few(
 ) -> Tensor | None:
     """The same in float64, in few operations, unless some 1 - p is too small even for that."""
     K = z.shape[1]
-    logp = torch.log_softmax(z, 1, torch.float64)
-    if z.dtype.itemsize == 8 or logp.amax() > -1e-9:
+    weight = weight.double() if isinstance(weight, Tensor) else weight
+    logp = z.double()
+    logp.sub_(logp.amax(1, keepdim=True))
+    p = logp.exp()
+    total = p.sum(1, keepdim=True)
+    if not total.amin().item() > 1 + 1e-9:
         return None
-    u_y = logp.gather(1, y)
+    log_total = total.log()
+    u_y = logp.gather(1, y).sub_(log_total)
     P_y = u_y.exp() if P in program.reads else None
     C_y = u_y.expm1().neg_() if C in program.reads else None
     values: list[Any] = []
     slopes: list[Any] = []
+    totals: list[Any] = []
     if program.affines:
-        logs = logp.sum(1, keepdim=True).sub_(u_y)
+        logs = logp.sum(1, keepdim=True).sub_(log_total, alpha=K).sub_(u_y)
         for constant, slope in _pairs(program.affine(K)):
             values.append(logs * slope + (K - 1) * constant)
             slopes.append(slope)
+            totals.append((K - 1) * slope)
     if program.bulks:
-        p = logp.exp()
-        for i, (value, slope) in enumerate(_pairs(program.bulk(logp, p, K))):
-            each = _column(value, logp).scatter(1, y, 0.0)
-            sum_ = each.sum(1, keepdim=True) if not program.products[i] else _log_of_product(each)
-            values.append(sum_)
-            slopes.append(slope)
+        p.div_(total)
+        logp = logp.sub_(log_total) if u in program.reads else logp
+        for i, (terms, slope) in enumerate(
+            _pairs(_own(program, program.bulk(logp, p, K), logp, p))
+        ):
+            if program.products[i]:
+                values.append(_log_of_product(p.scatter(1, y, 0.0)))
+            else:
+                values.append(terms.scatter_(1, y, 0.0).sum(1, keepdim=True))
+            slopes.append(slope.scatter_(1, y, 0.0))
+            totals.append(slope.sum(1, keepdim=True))
     value, of_label, *of_sums = program.label(u_y, P_y, C_y, K, *values)
     if gradient is not None:
-        of_label = _column(of_label, u_y).mul(weight)
-        G = sum(c * slope for c, slope in zip(of_sums, slopes, strict=True))
-        G = _column(G, u_y) * weight if of_sums else torch.zeros_like(u_y)
-        G = G.expand(logp.shape).scatter(1, y, of_label)
-        gradient.copy_(torch._log_softmax_backward_data(G, logp, 1, torch.float64))
+        at_label = _column(of_label * weight, u_y)
+        whole = at_label
+        of_sums = [c * weight for c in of_sums]
+        for c, t in zip(of_sums, totals, strict=True):
+            whole = whole + c * t
+        p.mul_((whole if program.bulks else whole / total).neg_())
+        for i, (c, slope) in enumerate(zip(of_sums, slopes, strict=True)):
+            if i < program.affines:
+                p.add_(c * slope)
+                at_label = at_label - c * slope
+            else:
+                p.addcmul_(slope, _column(c, u_y))
+        gradient.copy_(p.scatter_add_(1, y, at_label))
     return _column(value, u_y).float()
 
 
@@ -276,7 +215,7 @@ def _block(
     below = torch.sub(z, z.amax(1, keepdim=True))
     below_y = below.gather(1, y)
     logs = below.sum(1, keepdim=True).sub_(below_y) if program.affines else None
-    e = torch.mul(below, _LOG2_E, out=out).exp2_()
+    e = torch.mul(below, LOG2_E, out=out).exp2_()
     e_y = e.gather(1, y)
     e.scatter_(1, y, 0.0)
     others = e.sum(1, keepdim=True)
@@ -307,14 +246,15 @@ def _block(
     if program.bulks:
         e.div_(total)
         logp = below.sub_(log_total) if u in program.reads else below
-        bulk = _own(program.bulk(logp, e, K), logp, e)
+        bulk = _own(program, program.bulk(logp, e, K), logp, e)
         edges = [] if top is None else _pairs(program.edge(top.u, top.P, top.C, K))
         for term in bulk:
-            term.scatter_(1, y, 0.0)
-            if top is not None:
-                term[top.rows, top.classes] = 0.0
+            if isinstance(term, Tensor):
+                term.scatter_(1, y, 0.0)
+                if top is not None:
+                    term[top.rows, top.classes] = 0.0
         for i, (terms, slope) in enumerate(_pairs(bulk)):
-            value = _log_of_product(terms) if program.products[i] else terms.sum(1, keepdim=True)
+            value = _log_of_product(e) if program.products[i] else terms.sum(1, keepdim=True)
             if top is not None:
                 value[top.rows] += edges[i][0]
             values.append(value)
@@ -333,9 +273,9 @@ def _block(
             edges,
         )
     if program.delicate:
-        gone = others / total < torch.finfo(z.dtype).tiny
+        gone = (others / total).lt(torch.finfo(z.dtype).tiny)
         if top is not None:
-            gone[top.rows] |= top.C < torch.finfo(z.dtype).tiny
+            gone[top.rows] |= top.C.lt(torch.finfo(z.dtype).tiny)
         if gone.any():
             rows = gone.flatten().nonzero().flatten()
             value = value.clone()
@@ -391,20 +331,20 @@ def _gradient(
         out[top.rows, top.classes] = at_top.squeeze(1)
 
 
-def _log_of_product(x: Tensor) -> Tensor:
-    """The sum of log(1 + x) over a row, x = -p: (1 + a)(1 + b) = 1 + (a + b + ab), class by class.
+def _log_of_product(p: Tensor) -> Tensor:
+    """The sum of log(1 - p) over a row: (1 - a)(1 - b) = 1 - (a + b - ab), class by class.
 
     A logarithm costs ten times a product. As the p add up to at most 1, the product does not fall
     below 1/4 for p up to 1/2.
     """
-    while (width := x.shape[1]) > 16:
-        a, b = x[:, : width // 2], x[:, width // 2 : width // 2 * 2]
-        pairs = torch.addcmul(a + b, a, b)
+    while (width := p.shape[1]) > 16:
+        a, b = p[:, : width // 2], p[:, width // 2 : width // 2 * 2]
+        pairs = torch.mul(a, b).neg_().add_(a).add_(b)
         if width % 2:
-            last = x[:, -1:]
-            pairs[:, :1] += last + pairs[:, :1] * last
-        x = pairs
-    return x.log1p().sum(1, keepdim=True)
+            last = p[:, -1:]
+            pairs[:, :1] += last - pairs[:, :1] * last
+        p = pairs
+    return torch.log1p(-p).sum(1, keepdim=True)
 
 
 def _column(number: Any, like: Tensor) -> Tensor:
@@ -416,15 +356,15 @@ def _pairs(results: list[Any]) -> list[tuple[Any, Any]]:
     return list(zip(results[::2], results[1::2], strict=True))
 
 
-def _own(results: list[Any], *inputs: Tensor) -> list[Tensor]:
-    """Tensors that can be written to: none is an input, or another result, or just a number."""
+def _own(program: Program, results: list[Any], *inputs: Tensor) -> list[Any]:
+    """Results as tensors that can be written to: none is an input, or another result."""
     seen = {x.data_ptr() for x in inputs}
-    owned: list[Tensor] = []
-    for result in results:
-        if not isinstance(result, Tensor):
+    owned: list[Any] = []
+    for i, result in enumerate(results):
+        if isinstance(result, Tensor):
+            result = result.clone() if result.data_ptr() in seen else result
+            seen.add(result.data_ptr())
+        elif i % 2 or not program.products[i // 2]:
             result = torch.full_like(inputs[0], result)
-        elif result.data_ptr() in seen:
-            result = result.clone()
-        seen.add(result.data_ptr())
         owned.append(result)
     return owned

@@ -111,8 +111,8 @@ def reproduce(
     :mod:`apl.ensemble`; on a Ray cluster they go one by one.
 
     Killed at any moment, a long run is continued from its checkpoint the next time. Of several
-    small ones at once nothing is saved before they end: what is lost are the seconds they had taken,
-    about a dozen at most, see :data:`apl.together.SECONDS`.
+    small ones at once nothing is saved before they end: what is lost are the seconds they had
+    taken, at most about twenty on one core, see :data:`apl.together.SECONDS`.
 
     With ``minutes``, no run is started that by the pace of earlier ones would not end in time; one
     that is still going at the limit is saved after its epoch, and continued the next time. Several

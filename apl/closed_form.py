@@ -1,8 +1,8 @@
-"""A loss in closed form: what of a row of logits its value and its gradient need. No torch.
+r"""A loss in closed form: what of a row of logits its value and its gradient need. No torch.
 
-Write u = log p and :math:`G_k = \\partial L/\\partial u_k`, taken as if the u were free. Then
+Write u = log p and :math:`G_k = \partial L/\partial u_k`, taken as if the u were free. Then
 
-.. math:: \\partial L / \\partial z_j = G_j - p_j \\sum_k G_k.
+.. math:: \partial L / \partial z_j = G_j - p_j \sum_k G_k.
 
 A loss of :mod:`apl.symbolic` is a function of :math:`u_y` and of sums over the classes, so
 :math:`G_k` is one number of the row times a function of :math:`p_k`, and one more number at k = y.

@@ -14,9 +14,10 @@ import torch
 from sympy import Expr
 from torch import Tensor
 
-from apl.blocks import Program, evaluate, program
+from apl.blocks import evaluate
 from apl.checks import label_error
 from apl.kernels import Kernel
+from apl.programs import Program, program
 
 __all__ = ["Call", "Fused", "applies", "loss"]
 
@@ -54,7 +55,7 @@ def applies(logits: Tensor, target: Tensor) -> bool:
         and logits.numel() > 0
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
     )
 
 

@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sympy import Dummy, Expr, Function, KroneckerDelta, Mul, Sum, Symbol, exp, lambdify
+from sympy import Expr, Function, Symbol, exp, lambdify
 from sympy.codegen.cfunctions import expm1
 from sympy.codegen.rewriting import expm1_opt, log1p_opt, optimize
 from torch import Tensor
 
+from apl.closed_form import split
+from apl.closed_form import u as _u
 from apl.symbolic import K, k, p, p_y, y
 
-_u = Symbol("u", real=True)
 _w = Symbol("w", real=True)
 
 
@@ -147,30 +148,10 @@ def compile_loss(expression: Expr) -> Kernel:
     tensor([0.7500, 0.7500])
     """
     parameters = sorted(expression.atoms(Symbol) - {K, y, k, p.label}, key=str)
-    reductions, symbols = [], []
-    for total in sorted(expression.atoms(Sum), key=str):
-        each = total.function.subs(1 - KroneckerDelta(k, y), 1)
-        symbol = Dummy("reduced")
-        shared = _with_share(expression, each.subs(p[k], p_y), total, symbol)
-        kind = "sum" if each == total.function else "others"
-        if kind == "sum" and not shared.has(total):
-            kind, expression = "share", shared
-        expression = expression.subs(total, symbol)
-        reductions.append(_Reduction(kind, _function(each.subs(p[k], exp(_u)), parameters)))
-        symbols.append(symbol)
-    outer = _function(expression.subs(p_y, exp(_u)), [*parameters, K, *symbols])
-    return Kernel(tuple(s.name for s in parameters), tuple(reductions), outer)
-
-
-def _with_share(expression: Expr, f: Expr, total: Expr, symbol: Symbol) -> Expr:
-    """The expression with a symbol for f / total, however f is written (``subs`` misses some)."""
-    inner, varying = f.as_independent(p_y, as_Add=False)
-
-    def share(product: Expr) -> Expr:
-        outer, rest = product.as_independent(p_y, as_Add=False)
-        return outer * total / inner * symbol if (rest - varying).expand() == 0 else product
-
-    return expression.replace(lambda e: isinstance(e, Mul) and 1 / total in e.args, share)
+    expression, split_off = split(expression)
+    reductions = tuple(_Reduction(r.kind, _function(r.function, parameters)) for r in split_off)
+    outer = _function(expression, [*parameters, K, *(r.symbol for r in split_off)])
+    return Kernel(tuple(s.name for s in parameters), reductions, outer)
 
 
 def _function(expression: Expr, arguments: list[Symbol]) -> _Function:

@@ -166,7 +166,7 @@ class Store:
         wrong: list[RecordError] = []
         for pack in sorted(self.folder.glob("*.jsonl")):
             packed, damaged = self._packed(pack.stem)
-            records |= packed
+            records.update(packed)
             wrong += damaged
         for path in sorted(self.folder.glob("*/*.json")):
             try:
@@ -197,7 +197,7 @@ class Store:
             for error in wrong:
                 raise error
             own = {_name(r.settings): r for r in records if r.settings["dataset"] == dataset}
-            packs[dataset] = packed | own
+            packs[dataset] = {**packed, **own}
         for dataset, pack in packs.items():
             lines = [pack[name].line() + "\n" for name in sorted(pack)]
             write_whole(there._pack(dataset), "".join(lines).encode())

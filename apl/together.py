@@ -15,7 +15,7 @@ from apl.training import one_thread
 __all__ = ["SECONDS", "alike", "train"]
 
 SECONDS = 40.0
-"""At most so many seconds of the plain loop go together; a kill costs about a third of them."""
+"""At most so many seconds of the plain loop go together; a kill costs less than half of them."""
 
 
 def alike(cell: Cell) -> tuple[str, int]:

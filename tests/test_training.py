@@ -225,7 +225,9 @@ def test_the_batches_of_an_evaluation_are_as_large_as_asked():
     assert sizes == [500] + [500, 500, 297]
 
 
-def test_a_step_does_not_wait_for_the_device():
+def test_a_step_does_not_wait_for_the_device(monkeypatch):
+    # As on a GPU: the closed form, which is for CPUs, looks at what it computes.
+    monkeypatch.setattr(apl.losses.Loss, "forward", apl.losses.Loss._plain)
     # Each of these reads a value that the device has yet to compute.
     waiting = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"}
 
