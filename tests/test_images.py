@@ -225,5 +225,5 @@ def test_more_images_than_labels(tmp_path: Path) -> None:
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ValueError) as raised:
         load("cifar")
-    known = "available: digits, mnist, fashion-mnist, cifar10, cifar100"
+    known = "available: digits, digit-pairs, mnist, fashion-mnist, cifar10, cifar100"
     assert str(raised.value) == f"no data set 'cifar'; {known}"
