@@ -6,8 +6,8 @@ Write u = log p and :math:`G_k = \partial L/\partial u_k`, taken as if the u wer
 
 A loss of :mod:`apl.symbolic` is a function of :math:`u_y` and of sums over the classes, so
 :math:`G_k` is one number of the row times a function of :math:`p_k`, and one more number at k = y.
-:func:`derive` finds these by differentiating the expression; :mod:`apl.fused` and
-:mod:`apl.triton_kernels` evaluate them. Sums run over the classes other than the label: beside a
+:func:`derive` finds these by differentiating the expression; :mod:`apl.fused` evaluates them.
+Sums run over the classes other than the label: beside a
 label's share of nearly 1 they keep the digits that a difference from the whole sum would lose.
 """
 

@@ -162,7 +162,7 @@ class Protocol:
         seed: int = 0,
         **parameters: Any,
     ) -> nn.Module:
-        """A loss by name: :func:`apl.paper_loss` on the paper's data sets, else :func:`apl.loss`.
+        """A loss by name: :func:`apl.paper_loss` on the paper's data sets, else ``apl.loss``.
 
         On digit pairs a loss has the parameters of the paper's runs on CIFAR-100, the other set of
         100 classes. A parameter ``scale`` multiplies it. ``given`` and ``seed`` are for the paper's
