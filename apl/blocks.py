@@ -169,7 +169,7 @@ def _few(
                 at_label = at_label - c * slope
             else:
                 p.addcmul_(slope, _column(c, u_y))
-        gradient.copy_(p.scatter_add_(1, y, at_label))
+        gradient.copy_(p.scatter_add_(1, y, at_label).view(gradient.shape))
     return _column(value, u_y).float()
 
 
