@@ -162,12 +162,15 @@ class LossContract:
 
     def test_shapes(self) -> None:
         """Logits (K,), (N, K, d1) and (N, K, d1, d2): a loss for each label, in its place."""
-        logits, target = rows(12, 5)
-        value, gradient = self._each(logits, target)
-        close(self._each(logits[0], target[0]), (value[0], gradient[0]))
-        for shape in ((3, 4), (2, 3, 2)):
-            z, g = (x.view(*shape, 5).movedim(-1, 1) for x in (logits, gradient))
-            close(self._each(z, target.view(shape)), (value.view(shape), g))
+        # Few numbers and many, in both types and layouts: each may take a way of its own.
+        for K, dtype in ((5, torch.float64), (5, torch.float32), (2000, torch.float32)):
+            logits, target = rows(12, K, dtype=dtype)
+            value, gradient = self._each(logits, target)
+            close(self._each(logits[0], target[0]), (value[0], gradient[0]))
+            for shape in ((3, 4), (2, 3, 2)):
+                z, g = (x.view(*shape, K).movedim(-1, 1) for x in (logits, gradient))
+                for layout in (z, z.contiguous()):
+                    close(self._each(layout, target.view(shape)), (value.view(shape), g))
 
     def test_ignored_labels(self) -> None:
         """They count in no reduction and get no gradient: -100, or any label one says."""
