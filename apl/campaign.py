@@ -16,10 +16,11 @@ from tqdm import tqdm
 from apl import cluster, together, workers
 from apl.checkpoints import Checkpoint
 from apl.grid import Cell
+from apl.protocols import duration
 from apl.provenance import device_name
 from apl.records import Record, RecordError, Store
 
-__all__ = ["BrokenRun", "Outcome", "Pace", "duration", "pending", "reproduce"]
+__all__ = ["BrokenRun", "Outcome", "Pace", "pending", "reproduce"]
 
 
 class BrokenRun(RuntimeError):
@@ -253,15 +254,3 @@ class _Desk:
         self.said = time.time()
         with self.bar.external_write_mode():
             self.say(line)
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people.
-
-    >>> duration(1.25), duration(90), duration(150), duration(86400)
-    ('1.2 s', '90 s', '2 min', '24 h')
-    """
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"

@@ -10,13 +10,13 @@ from types import MappingProxyType
 from typing import Any
 
 from apl import human, processes, workers
-from apl.campaign import Pace, duration, pending
+from apl.campaign import Pace, pending
 from apl.campaign import reproduce as run_all
 from apl.catalog import CATALOG
 from apl.comparison import compare as compare_records
 from apl.comparison import layout, summarize
 from apl.grid import Cell, grid
-from apl.protocols import NAMES, Protocol, default_name
+from apl.protocols import NAMES, Protocol, default_name, duration
 from apl.records import Record, RecordError, Store
 
 __all__ = ["COMMANDS", "compare", "list_", "pack", "reproduce", "train"]

@@ -8,10 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from apl import human
 from apl.catalog import CATALOG
+from apl.checkpoints import Checkpoint
 from apl.protocols import SMALL, Protocol
 from apl.recipes import protocol_rows, recipes
 
@@ -115,6 +117,20 @@ class Cell:
         """The protocol, with this cell's epochs and changes."""
         given = _protocol(self.dataset, self.source, self.epochs, self.changes)
         return replace(given, root=root)
+
+    def train(
+        self, root: str | Path | None = None, checkpoint: Checkpoint | None = None
+    ) -> pd.DataFrame:
+        """Do the run and return its history, see :func:`apl.training.train`."""
+        return self.protocol(root).train(
+            self.loss,
+            self.kind,
+            self.rate,
+            self.seed,
+            parameters=self.parameters(),
+            progress=False,
+            checkpoint=checkpoint,
+        )
 
     def parameters(self) -> dict[str, Any]:
         """Those of the changes that are the loss's."""

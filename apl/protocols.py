@@ -27,7 +27,7 @@ from apl.recipes import book_parameters, protocol_rows
 from apl.training import train
 from apl.vision import SETS
 
-__all__ = ["NAMES", "SOURCES", "Protocol", "default_name", "protocol"]
+__all__ = ["NAMES", "SOURCES", "Protocol", "default_name", "duration", "protocol"]
 
 NAMES = tuple(dict.fromkeys(row["dataset"] for row in protocol_rows()))
 """The data sets that have a protocol."""
@@ -329,7 +329,7 @@ class Protocol:
         run = f"{what}, {self._length} a run"
         if self.device != "cpu":
             return f"{run}; how long one takes, the progress bar says after its first epoch"
-        time = f"{run}, about {_duration(self.epochs * self.cpu_seconds)} on"
+        time = f"{run}, about {duration(self.epochs * self.cpu_seconds)} on"
         if self.name in SMALL:
             return f"{time} one core"
         return f"{time} two cores: it is meant for a GPU"
@@ -399,7 +399,12 @@ def _load(name: str, device: str, root: str | Path | None) -> Dataset:
     return load(name, device=device, root=root)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words, in the unit that suits them.
+
+    >>> duration(1.2), duration(90), duration(150), duration(86400)
+    ('a second', '90 seconds', '2 minutes', '24 hours')
+    """
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"

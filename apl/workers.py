@@ -109,15 +109,7 @@ def run(
     try:
         with one_thread() if cell.dataset in SMALL else nullcontext():
             threads = torch.get_num_threads()
-            history = protocol.train(
-                cell.loss,
-                cell.kind,
-                cell.rate,
-                cell.seed,
-                parameters=cell.parameters(),
-                progress=False,
-                checkpoint=checkpoint,
-            )
+            history = cell.train(root, checkpoint)
     except (OutOfTime, FloatingPointError):
         raise  # as in all processes
     except BaseException:
@@ -148,14 +140,7 @@ def follow(team: processes.Team) -> None:
         while (called := team.share(None)) is not None:
             cell, root = called
             with suppress(OutOfTime, FloatingPointError):
-                cell.protocol(root).train(
-                    cell.loss,
-                    cell.kind,
-                    cell.rate,
-                    cell.seed,
-                    parameters=cell.parameters(),
-                    progress=False,
-                )
+                cell.train(root)
 
 
 def here(next_task: NextTask, conditions: Conditions, tell: Tell) -> None:
