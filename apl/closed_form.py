@@ -7,26 +7,23 @@ Write u = log p and :math:`G_k = \partial L/\partial u_k`, taken as if the u wer
 A loss of :mod:`apl.symbolic` is a function of :math:`u_y` and of sums over the classes, so
 :math:`G_k` is one number of the row times a function of :math:`p_k`, and one more number at k = y.
 :func:`derive` finds these by differentiating the expression; :mod:`apl.fused` evaluates them.
-Sums run over the classes other than the label: beside a
-label's share of nearly 1 they keep the digits that a difference from the whole sum would lose.
+Sums run over the classes other than the label: beside a label's share of nearly 1 they keep the
+digits that a difference from the whole sum would lose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 from sympy import (
     Dummy,
     Expr,
-    Float,
     Function,
     Integer,
     KroneckerDelta,
     Mul,
     Pow,
-    Rational,
     Sum,
     Symbol,
     exp,
@@ -67,9 +64,9 @@ class Reduction:
 class ClassSum:
     """A sum over the classes other than the label: of ``value``, with the slope of each term.
 
-    ``slope`` is the derivative by u. Both are expressions in ``u`` and ``P``, for classes with
-    p at most 1/2; ``edge_value`` and ``edge_slope``, in ``u``, ``P`` and ``C``, hold for every p.
-    Where the function is a + b u, ``affine`` is (a, b), else None.
+    ``slope`` is the derivative by u. Both are expressions in ``u``, ``P`` and ``C`` for classes
+    with p at most 1/2, of which C = 1 - P; ``edge_value`` and ``edge_slope``, in the same, hold for
+    every p. Where the function is a + b u, ``affine`` is (a, b), else None.
     """
 
     symbol: Symbol
@@ -80,19 +77,20 @@ class ClassSum:
     affine: tuple[Expr, Expr] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ClosedForm:
     """A loss and its derivatives by the u of the label and by the sums over the other classes.
 
     ``value``, ``of_label`` and each of ``of_sums`` are expressions in ``u``, ``P`` and ``C`` of the
-    label, in ``K``, and in the symbols of ``sums``. ``delicate`` says that 1 - p must not round to
-    0, because a logarithm or a root of it is taken.
+    label, in ``K``, ``parameters`` and the symbols of ``sums``. ``delicate`` says that 1 - p must
+    not round to 0, because a logarithm or a root of it is taken.
     """
 
     value: Expr
     of_label: Expr
     of_sums: tuple[Expr, ...]
     sums: tuple[ClassSum, ...]
+    parameters: tuple[Symbol, ...]
     delicate: bool
 
 
@@ -131,8 +129,9 @@ def _with_share(expression: Expr, f: Expr, total: Expr, symbol: Symbol) -> Expr:
     return expression.replace(lambda e: isinstance(e, Mul) and 1 / total in e.args, share)
 
 
-def derive(expression: Expr, values: Mapping[str, float]) -> ClosedForm | None:
-    """The closed form of a loss with its parameters set, or None where there is none.
+@lru_cache(maxsize=256)
+def derive(expression: Expr) -> ClosedForm | None:
+    """The closed form of a loss, or None where there is none.
 
     There is none for an expression with sums of something else than functions of one probability,
     or with functions that are not differentiated in closed form here, such as Abs.
@@ -140,25 +139,19 @@ def derive(expression: Expr, values: Mapping[str, float]) -> ClosedForm | None:
     Examples
     --------
     >>> from apl.catalog import entry
-    >>> form = derive(entry("mae").expression, {})
+    >>> form = derive(entry("mae").expression)
     >>> form.value, form.of_label
     (2*C, -2*P)
-    >>> form = derive(entry("gce").expression, {"q": 0.5})
-    >>> form.of_label
-    -exp(u/2)
+    >>> form = derive(entry("gce").expression)
+    >>> form.of_label, form.parameters
+    (-exp(q*u), (q,))
     """
-    return _derive(expression, tuple(sorted(values.items())))
-
-
-@lru_cache(maxsize=256)
-def _derive(expression: Expr, values: tuple[tuple[str, float], ...]) -> ClosedForm | None:
-    numbers = {name: _number(value) for name, value in values}
-    named = {s: numbers[s.name] for s in expression.free_symbols if s.name in numbers}
-    outer, reductions = split(expression.subs(named))
+    outer, reductions = split(expression)
     of_label, of_sums, sums, back = outer.diff(u), [], [], {}
+    parameters = sorted(expression.atoms(Symbol) - {K, y, k, p.label}, key=str)
     for reduction in reductions:
         h, x = reduction.function, reduction.symbol
-        if h.has(Sum) or h.has(p) or h.free_symbols - {u, K}:
+        if h.has(Sum) or h.has(p) or h.free_symbols - {u, K, *parameters}:
             return None
         slope, of_x = h.diff(u), outer.diff(x)
         here, others = Dummy("here"), Dummy("others")
@@ -181,16 +174,13 @@ def _derive(expression: Expr, values: tuple[tuple[str, float], ...]) -> ClosedFo
     )
     pieces = [*written, *(e for s in class_sums for e in (s.edge_value, s.edge_slope))]
     functions = {type(f).__name__ for e in pieces for f in e.atoms(Function)}
-    known = {u, P, C, K, *(s.symbol for s in class_sums)}
+    known = {u, P, C, K, *parameters, *(s.symbol for s in class_sums)}
     if functions - (FUNCTIONS - {"Abs"}) or any(e.free_symbols - known for e in pieces):
         return None
     delicate = any(_delicate(e) for e in pieces)
-    return ClosedForm(written[0], written[1], tuple(written[2:]), class_sums, delicate)
-
-
-def _number(value: float) -> Expr:
-    """A parameter exactly where it is a multiple of 1/2: then powers become products and roots."""
-    return Rational(int(2 * value), 2) if value * 2 == int(value * 2) else Float(value)
+    return ClosedForm(
+        written[0], written[1], tuple(written[2:]), class_sums, tuple(parameters), delicate
+    )
 
 
 def _at_edge(expression: Expr) -> Expr:
@@ -200,11 +190,11 @@ def _at_edge(expression: Expr) -> Expr:
 
 
 def _in_bulk(expression: Expr) -> Expr:
-    """In u and P, for p up to 1/2: 1 - p is exact enough there, and cheaper than expm1."""
+    """In u, P and C for p up to 1/2, where 1 - p is exact enough, and cheaper than expm1."""
     gentle = expression.xreplace({exp(u): P})
     kept = {e: Dummy("power", positive=True) for e in gentle.atoms(exp) if _is_steep(e)}
     stable = optimize(gentle.xreplace(kept), [expm1_opt, log1p_opt])
-    return stable.xreplace({dummy: e for e, dummy in kept.items()})
+    return stable.xreplace({dummy: e for e, dummy in kept.items()} | {1 - P: C, P - 1: -C})
 
 
 def _is_steep(power: Expr) -> bool:

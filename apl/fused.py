@@ -14,10 +14,10 @@ import torch
 from sympy import Expr
 from torch import Tensor
 
-from apl.blocks import evaluate
+from apl import on_cpu
 from apl.checks import label_error
+from apl.closed_form import ClosedForm, derive
 from apl.kernels import Kernel
-from apl.programs import Program, program
 
 __all__ = ["Call", "Fused", "applies", "loss"]
 
@@ -61,24 +61,27 @@ def applies(logits: Tensor, target: Tensor) -> bool:
 
 def loss(call: Call, logits: Tensor, target: Tensor) -> Tensor | None:
     """The loss of a call that :func:`applies`, reduced; None where the plain path must run."""
-    classes = logits.shape[1] if logits.ndim > 1 else logits.shape[0]
-    code = program(call.expression, call.parameters, classes)
-    if code is None:
+    form = derive(call.expression)
+    if form is None or not on_cpu.takes(form):
         return None
     if logits.requires_grad and torch.is_grad_enabled():
-        return Fused.apply(logits, target, code, call)
-    return _reduced(code, call, logits, target, with_gradient=False)[0]
+        return Fused.apply(logits, target, form, call)
+    return _reduced(form, call, logits, target, with_gradient=False)[0]
 
 
 class Fused(torch.autograd.Function):
     """A value that knows its gradient. Second derivatives go through the plain path."""
 
     @staticmethod
-    def forward(context: Any, logits: Tensor, target: Tensor, code: Program, call: Call) -> Tensor:
+    def forward(
+        context: Any, logits: Tensor, target: Tensor, form: ClosedForm, call: Call
+    ) -> Tensor:
         """The value; its gradient waits."""
-        value, context.gradient = _reduced(code, call, logits, target)
+        # Half precision would round small gradients to 0 before a GradScaler has made them large.
+        at_once = logits.dtype != torch.float16
+        value, context.gradient = _reduced(form, call, logits, target, with_gradient=at_once)
         context.save_for_backward(logits, target)
-        context.code, context.call = code, call
+        context.form, context.call = form, call
         return value
 
     @staticmethod
@@ -86,58 +89,68 @@ class Fused(torch.autograd.Function):
         """The gradient, times what comes in."""
         (given,) = incoming
         gradient, context.gradient = context.gradient, None
+        logits, target = context.saved_tensors
         if torch.is_grad_enabled():  # create_graph: a constant would have no derivative
-            logits, target = context.saved_tensors
             value = context.call.plain(logits, target)
             (gradient,) = torch.autograd.grad(value, logits, given, create_graph=True)
-            return gradient, None, None, None
-        if gradient is None:  # a second backward: what the first one gave is the caller's now
-            logits, target = context.saved_tensors
-            gradient = _reduced(context.code, context.call, logits, target)[1]
+        elif gradient is not None:
+            gradient = _times(gradient, given)
+        elif _is_batched(given):
+            gradient = _reduced(context.form, context.call, logits.float(), target)[1]
             assert gradient is not None
-        return _times(gradient, given), None, None, None
+            gradient = _times(gradient, given).to(logits.dtype)
+        else:  # float16, or a second backward: what the first one gave is the caller's now
+            gradient = _reduced(context.form, context.call, logits, target, given)[1]
+        return gradient, None, None, None
 
 
 def _reduced(
-    code: Program, call: Call, logits: Tensor, target: Tensor, *, with_gradient: bool = True
+    form: ClosedForm,
+    call: Call,
+    logits: Tensor,
+    target: Tensor,
+    given: Tensor | None = None,
+    *,
+    with_gradient: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss, and the gradient of it or, unreduced, of its sum."""
+    """The loss, and the gradient of it, or of the sum of unreduced losses, times what is given."""
     if logits.ndim == 1:
         logits, target = logits.unsqueeze(0), target.unsqueeze(0)
         call = call._replace(reduction="sum" if call.reduction == "none" else call.reduction)
-        value, gradient = _reduced(code, call, logits, target, with_gradient=with_gradient)
+        value, gradient = _reduced(form, call, logits, target, given, with_gradient=with_gradient)
         return value, None if gradient is None else gradient.squeeze(0)
 
     def plain(rows: Tensor, labels: Tensor) -> Tensor:
         return call.kernel(rows, labels, call.parameters)
 
+    def evaluate(weight: float | Tensor) -> tuple[Tensor, Tensor | None]:
+        weight = weight if given is None else weight * given.float()
+        return on_cpu.evaluate(
+            form, call.parameters, plain, logits, target, weight, with_gradient=with_gradient
+        )
+
     target, classes = target.long(), logits.shape[1]
+    mean = call.reduction == "mean"
     if not 0 <= call.ignore_index < classes:
-        # A label that does not count is then no class: gather says when there is one.
-        weight = 1 / target.numel() if call.reduction == "mean" else 1.0
+        # A label that does not count is then no class, and the rows say when there is one.
         try:
-            found = evaluate(code, plain, logits, target, weight, with_gradient=with_gradient)
+            each, gradient = evaluate(1 / target.numel() if mean else 1.0)
+            return _reduce(each, call.reduction), gradient
         except RuntimeError as error:
-            wrong = label_error(error, classes)
-            if wrong is None:
+            if label_error(error, classes) is None:
                 raise
-        else:
-            return _reduce(found[0], call.reduction), found[1]
     counted = target != call.ignore_index
     count = int(counted.sum())
-    weights = counted.float() / (max(count, 1) if call.reduction == "mean" else 1)
     target = torch.where(counted, target, 0)
     try:
-        each, gradient = evaluate(code, plain, logits, target, weights, with_gradient=with_gradient)
+        each, gradient = evaluate(counted.float() / (max(count, 1) if mean else 1))
     except RuntimeError as error:
         wrong = label_error(error, classes)
         if wrong is None:
             raise
         raise wrong from None
     each = torch.where(counted, each, 0.0)
-    if call.reduction == "mean":
-        return each.sum() / count, gradient
-    return _reduce(each, call.reduction), gradient
+    return each.sum() / count if mean else _reduce(each, call.reduction), gradient
 
 
 def _reduce(each: Tensor, reduction: str) -> Tensor:
@@ -148,11 +161,15 @@ def _reduce(each: Tensor, reduction: str) -> Tensor:
 
 def _times(gradient: Tensor, given: Tensor) -> Tensor:
     """The gradient times what comes in, one factor or one for each loss, in place if possible."""
-    functorch = torch._C._functorch
-    if functorch.is_batchedtensor(given) or functorch.is_legacy_batchedtensor(given):
+    if _is_batched(given):
         return gradient * (given.unsqueeze(1) if given.ndim else given)
     if not given.ndim:  # of a mean or a sum: nearly always 1
         return gradient if given.item() == 1 else gradient.mul_(given)
     if not any(given.stride()) and given.flatten()[0].item() == 1:  # from .sum()
         return gradient
     return gradient.mul_(given.unsqueeze(1) if gradient.ndim > given.ndim else given)
+
+
+def _is_batched(given: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return bool(functorch.is_batchedtensor(given) or functorch.is_legacy_batchedtensor(given))

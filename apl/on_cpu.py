@@ -1,0 +1,248 @@
+"""Value and gradient of a loss together on a CPU: its closed form, row by row, compiled by numba.
+
+Of each row the largest logit, its exponentials and their sum are taken first; what the loss needs
+beside them, a few numbers of the label and of the largest class, is computed in double precision,
+and the gradient is written while the row is still in the cache. So the logits are read from memory
+once, the gradient is written once, and nothing else of that size exists.
+
+With t the class of the largest logit and r the sum of :math:`e^{z_k - z_t}` over the other classes,
+:math:`p_t = 1/(1 + r)` and :math:`1 - p_t = r/(1 + r)` to the last digit. Of all other classes p is
+at most 1/2, where single precision is enough.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from sympy import Dummy, Expr, Integer, Rational, lambdify
+from sympy.codegen.cfunctions import log1p
+from sympy.printing.pycode import PythonCodePrinter
+from torch import Tensor
+
+from apl.closed_form import C, ClassSum, ClosedForm, P, u
+from apl.symbolic import K
+
+__all__ = ["compiled", "evaluate", "takes"]
+
+BLOCK = 1 << 16
+"""So many logits, or one row, are one piece of work: fewer are done before a thread has started."""
+MOST = 2
+"""So many sums of functions that are not a + b u; no loss of the catalog has more than 1."""
+
+Plain = Callable[[Tensor, Tensor], Tensor]
+"""The plain path: losses (n,) of float32 logits (n, K) and labels (n,)."""
+
+
+@lru_cache(maxsize=256)
+def takes(form: ClosedForm) -> bool:
+    """Whether :func:`evaluate` can: where numba is missing, which comes late to a new Python, no.
+
+    Examples
+    --------
+    >>> from apl.catalog import entry
+    >>> from apl.closed_form import derive
+    >>> takes(derive(entry("nce").expression))
+    True
+    """
+    return find_spec("numba") is not None and len(_sums(form)[1]) <= MOST
+
+
+def _sums(form: ClosedForm) -> tuple[ClassSum | None, list[ClassSum]]:
+    """A sum of a + b u, if there is one, and the other sums."""
+    line = next((s for s in form.sums if s.affine is not None), None)
+    return line, [s for s in form.sums if s is not line]
+
+
+def evaluate(
+    form: ClosedForm,
+    parameters: Mapping[str, float],
+    plain: Plain,
+    logits: Tensor,
+    target: Tensor,
+    weight: float | Tensor = 1.0,
+    *,
+    with_gradient: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """The losses of all labels, and the gradient of their weighted sum.
+
+    Parameters
+    ----------
+    form, parameters
+        the closed form of the loss, and the values of its parameters
+    plain
+        computes the few rows that single precision cannot: 1 - p below 1e-30 in a loss that takes
+        its logarithm or root, or logits that are not finite
+    logits
+        float32, bfloat16 or float16, of shape (N, K) or (N, K, d1, ...)
+    target
+        of shape (N,) or (N, d1, ...), all of them classes
+    weight
+        what each loss counts in the gradient: a number, or a tensor of the target's shape
+    with_gradient
+        whether to compute the gradient; else the second result is None
+
+    Returns
+    -------
+    tuple
+        the losses, float32, of the shape of the target; the gradient, in the type of the logits
+
+    Raises
+    ------
+    RuntimeError
+        for a label that is no class, in the words of ``gather``
+    """
+    rows = compiled(form)
+    values = tuple(float(parameters[s.name]) for s in form.parameters) or (0.0,)
+    singles = tuple(np.float32(value) for value in values)
+    logits = logits.detach()  # a thread of its own would record what is done there
+    gradient = torch.empty_like(logits) if with_gradient else None
+    losses = torch.empty(target.shape, dtype=torch.float32)
+    if isinstance(weight, float):
+        weight = torch.tensor([weight])
+
+    def part(z: Tensor, y: Tensor, w: Tensor, out: Tensor | None, each: Tensor) -> None:
+        """Rows (n, K), their losses and their gradient, written in place."""
+        scratch = torch.empty(1, z.shape[1]) if out is None else out
+        odd = np.zeros(len(y), dtype=np.bool_)
+        arrays = (t.numpy() for t in (z, y, w, scratch, each))
+        wrong, unsafe = rows(*arrays, odd, out is not None, values, singles)
+        if wrong >= 0:
+            raise RuntimeError(
+                f"index {int(y[wrong])} is out of bounds for dimension 1 with size {z.shape[1]}"
+            )
+        if unsafe:
+            _again(plain, z, y, w, out, each, torch.from_numpy(odd))
+
+    N, classes = logits.shape[:2]
+    ready = logits.dtype == torch.float32 and logits.ndim == 2 and logits.is_contiguous()
+    if ready and logits.numel() <= BLOCK:
+        part(logits, target.contiguous(), weight.contiguous(), gradient, losses)
+        return losses, gradient
+    size = BLOCK if not ready else max(BLOCK, logits.numel() // (16 * torch.get_num_threads()))
+    step = max(1, size * N // logits.numel())
+
+    def block(start: int) -> None:
+        at = slice(start, start + step)
+        z, y = logits[at], target[at]
+        w = weight[at] if weight.ndim == target.ndim and weight.numel() > 1 else weight
+        g = None if gradient is None else gradient[at]
+        if ready:
+            part(z, y.contiguous(), w.contiguous(), g, losses[at])
+            return
+        own = z.movedim(1, -1).to(torch.float32, memory_format=torch.contiguous_format)
+        own, y, w = own.reshape(-1, classes), y.reshape(-1), w.reshape(-1)
+        out, each = None if g is None else torch.empty_like(own), losses[at].view(-1)
+        part(own, y, w, out, each)
+        if g is not None and out is not None:
+            g.movedim(1, -1).copy_(out.view(g.movedim(1, -1).shape))
+
+    _share(block, range(0, N, step))
+    return losses, gradient
+
+
+def _share(work: Callable[[int], None], places: range) -> None:
+    """Work through the places, with as many threads as torch has and find the time."""
+    waiting = iter(places)
+
+    def some() -> None:
+        for place in waiting:
+            work(place)
+
+    helpers = min(torch.get_num_threads(), len(places)) - 1
+    if helpers < 1:
+        return some()
+    futures = [_pool(helpers).submit(some) for _ in range(helpers)]
+    try:
+        some()
+    finally:  # who has not begun by now is not needed
+        running = [future for future in futures if not future.cancel()]
+        wait(running)
+    for future in running:
+        future.result()
+
+
+def _again(
+    plain: Plain, z: Tensor, y: Tensor, w: Tensor, out: Tensor | None, each: Tensor, odd: Tensor
+) -> None:
+    """Those rows by the plain path."""
+    some = z[odd].requires_grad_(out is not None)
+    with torch.set_grad_enabled(out is not None):
+        values = plain(some, y[odd])
+    each[odd] = values.detach()
+    if out is not None:
+        count = w[odd] if w.numel() > 1 else w.expand_as(values)
+        (out[odd],) = torch.autograd.grad(values, some, count.to(values))
+
+
+@lru_cache(maxsize=8)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="apl")
+
+
+if hasattr(os, "register_at_fork"):  # the threads of a process stay behind when it forks
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+@lru_cache(maxsize=256)
+def compiled(form: ClosedForm) -> Callable[..., tuple[int, int]]:
+    """The rows of a loss, see :func:`apl.rows.build`."""
+    from apl import rows
+
+    line, others = _sums(form)
+    given = dict(zip(form.sums, form.of_sums, strict=True))
+    symbols = [Dummy() if line is None else line.symbol, *(s.symbol for s in others)]
+    slopes = [Integer(0) if line is None else given[line], *(given[s] for s in others)]
+    missing = MOST - len(others)
+    symbols += [Dummy() for _ in range(missing)]
+    slopes += [Integer(0)] * missing
+    at_label = (form.value, form.of_label, *slopes)
+    # A tuple that numba can tell the type of, also where there is no parameter.
+    own, double = form.parameters or (Dummy(),), {"modules": "math", "cse": True}
+    return rows.build(
+        lambdify([u, P, C, K, *symbols, own], at_label, **double),
+        None if line is None else lambdify([K, own], line.affine, **double),
+        [
+            lambdify(
+                [u, P, C, K, own], (s.value, s.slope), [rows.SINGLE], printer=_Single(), cse=True
+            )
+            for s in others
+        ],
+        [lambdify([u, P, C, K, own], (s.edge_value, s.edge_slope), **double) for s in others],
+        form.delicate,
+    )
+
+
+class _Single(PythonCodePrinter):
+    """Python in which every number is float32, and powers are products, roots and exponentials."""
+
+    def __init__(self) -> None:
+        names = ("exp", "expm1", "log1p", "log", "tanh", "sqrt")
+        super().__init__(
+            {"fully_qualified_modules": False, "user_functions": {n: n for n in names}}
+        )
+
+    def _number(self, value: Any) -> str:
+        return f"single({float(value)!r})"
+
+    _print_Integer = _print_Float = _print_Rational = _number
+    _print_One = _print_NegativeOne = _print_Zero = _print_Half = _number
+
+    def _print_Pow(self, power: Expr, rational: bool = False) -> str:
+        base, exponent = power.as_base_exp()
+        if exponent.could_extract_minus_sign():
+            return f"(single(1.0)/({self._print(base**-exponent)}))"
+        written = f"({self._print(base)})"
+        if exponent == Rational(1, 2):
+            return f"sqrt{written}"
+        if isinstance(exponent, Integer) and exponent <= 8:
+            return "(" + "*".join([written] * int(exponent)) + ")"
+        if base == C:
+            return f"exp({self._print(exponent)}*{self._print(log1p(-P))})"
+        return f"exp({self._print(exponent)}*log{written})"
