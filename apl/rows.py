@@ -89,8 +89,10 @@ def _exp(x):
 
 
 @njit(inline="always")
-def _exp_or_nan(x):
-    return _exp(x) if x == x else x
+def _exp_below(x):
+    """exp(x) for x up to 0: 0 where float32 ends, and NaN of NaN."""
+    e = _exp(x) if x > single(-87.0) else single(0.0)
+    return e if x == x else x
 
 
 @njit(inline="always")
@@ -183,7 +185,7 @@ def build(
             on_top = below_y == 0.0
             t = y if on_top else _place(z, top)
             for j in range(width):
-                e[j] = _exp_or_nan(z[j] - top)
+                e[j] = _exp_below(z[j] - top)
             e[y] = e[t] = single(0.0)
             others = _total(e)
             e_y = 1.0 if on_top else math.exp(below_y)
@@ -191,7 +193,7 @@ def build(
             logs = 0.0
             if has_line:
                 logs = _total_below(z[:y], top) + _total_below(z[y + 1 :], top)
-            if not _is_finite(r + logs) or (delicate and r < 1e-30):
+            if not _is_finite(r + logs + top) or (delicate and r < 1e-30):
                 marked[i] = True
                 count += 1
                 continue

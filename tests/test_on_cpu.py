@@ -1,0 +1,253 @@
+"""The rows of a loss on a CPU: in pieces, in threads, in every layout, and what they hand back."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numba import njit
+from sympy import exp, log
+
+import apl
+from apl import on_cpu, rows
+from apl.closed_form import derive
+from apl.symbolic import p_y
+
+LOSSES = ("mae", "fl", "nlnl", "nce", "nfl", "ngce+nce")
+LARGE = (150, 1100)
+assert LARGE[0] * LARGE[1] > 2 * on_cpu.BLOCK
+
+
+def data(*shape, seed=0, scale=3.0, dtype=torch.float32):
+    own = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(*shape, generator=own)
+    labels = shape[:1] + shape[2:]
+    target = torch.randint(shape[1], labels, generator=own)
+    on_top = torch.rand(labels, generator=own) < 0.5
+    return logits.to(dtype), torch.where(on_top, logits.argmax(1), target)
+
+
+def closed(loss, logits, target, weight=1.0, **keywords):
+    def plain(z, y):
+        return loss._kernel(z, y, loss.hyperparameters)
+
+    form = derive(loss.expression)
+    return on_cpu.evaluate(form, loss.hyperparameters, plain, logits, target, weight, **keywords)
+
+
+def exact(loss, logits, target, weight=1.0):
+    """Losses, and the gradient of their weighted sum, by the plain path in double precision."""
+    z = logits.double().requires_grad_()
+    each = loss._kernel(z.movedim(1, -1), target, loss.hyperparameters)
+    (each * weight).sum().backward()
+    return each.detach(), z.grad
+
+
+def assert_close(found, expected, rtol=2e-5):
+    (value, gradient), (true_value, true_gradient) = found, expected
+    torch.testing.assert_close(value.double(), true_value, rtol=rtol, atol=1e-7)
+    scale = true_gradient.abs().amax(1, keepdim=True)
+    error = (gradient.double() - true_gradient).abs() / (scale + 1e-30)
+    assert error.max() < 2 * rtol
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_many_pieces_give_what_double_precision_gives(name):
+    loss, (logits, target) = apl.loss(name), data(*LARGE)
+    assert_close(closed(loss, logits, target), exact(loss, logits, target))
+
+
+def test_the_numbers_do_not_depend_on_the_threads():
+    loss, (logits, target) = apl.loss("nfl+rce"), data(*LARGE)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(closed(loss, logits, target))
+    finally:
+        torch.set_num_threads(before)
+    for value, gradient in found[1:]:
+        assert torch.equal(value, found[0][0]) and torch.equal(gradient, found[0][1])
+
+
+@pytest.mark.parametrize("shape", [(40, 7), LARGE, (6, 5, 3), (9, 300, 4, 30)], ids=str)
+@pytest.mark.parametrize("layout", ["plain", "strided", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_layout_and_type(shape, layout, dtype):
+    loss = apl.loss("nce+mae")
+    logits, target = data(*shape, dtype=dtype)
+    if layout == "strided":
+        logits = torch.stack([logits, logits], -1)[..., 0]
+    if layout == "transposed":
+        logits = logits.transpose(0, -1).contiguous().transpose(0, -1)
+    weight = torch.rand(target.shape, generator=torch.Generator().manual_seed(1))
+    value, gradient = closed(loss, logits, target, weight)
+    assert gradient.dtype == dtype and gradient.shape == logits.shape
+    true_value, true_gradient = exact(loss, logits, target, weight)
+    rtol = 1e-2 if dtype == torch.bfloat16 else 2e-5
+    assert_close((value, gradient), (true_value, true_gradient), rtol)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    N=st.integers(1, 40),
+    K=st.integers(2, 70),
+    scale=st.sampled_from([0.1, 1.0, 5.0]),
+    offset=st.sampled_from([0.0, 1e3, -1e4]),
+    seed=st.integers(0, 1 << 16),
+    name=st.sampled_from(LOSSES),
+)
+def test_any_size_and_offset(N, K, scale, offset, seed, name):
+    """An offset of all logits changes nothing but what float32 has rounded."""
+    logits, target = data(N, K, seed=seed, scale=scale)
+    logits = logits + offset
+    loss = apl.loss(name)
+    value, gradient = closed(loss, logits, target)
+    true_value, true_gradient = exact(loss, logits, target)
+    torch.testing.assert_close(value.double(), true_value, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), true_gradient, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_row_that_is_not_finite_stays_alone(name):
+    loss, (logits, target) = apl.loss(name), data(6, 5)
+    logits[1, 2] = torch.nan
+    logits[3, 0] = torch.inf
+    value, gradient = closed(loss, logits, target)
+    wrong = torch.tensor([False, True, False, True, False, False])
+    assert value.isnan().tolist() == wrong.tolist()
+    assert gradient.isnan().any(1).tolist() == wrong.tolist()
+    kept = ~wrong
+    assert_close((value[kept], gradient[kept]), exact(loss, logits[kept], target[kept]))
+
+
+def test_a_class_that_is_ruled_out():
+    """-inf is a probability of 0: no share in the value, no gradient."""
+    logits, target = torch.tensor([[0.0, -torch.inf, 1.0]]), torch.tensor([0])
+    for name in ("ce", "mae", "gce"):
+        value, gradient = closed(apl.loss(name), logits, target)
+        assert_close((value, gradient[:, ::2]), exact(apl.loss(name), logits[:, ::2], target))
+        assert gradient[0, 1] == 0
+
+
+def test_without_gradient_there_is_none_and_the_value_is_the_same():
+    for name in LOSSES:
+        loss, (logits, target) = apl.loss(name), data(*LARGE)
+        value, gradient = closed(loss, logits, target, with_gradient=False)
+        assert gradient is None
+        assert torch.equal(value, closed(loss, logits, target)[0])
+
+
+def test_half_precision_keeps_gradients_that_a_scale_makes_large():
+    """1e-7 rounds to a multiple of 6e-8 in float16; times 65536 it does not."""
+    (logits, target), scale = data(4096, 10, dtype=torch.float16), 65536.0
+    z = logits.clone().requires_grad_()
+    (scale * apl.loss("nce")(z, target)).backward()
+    x = logits.double().requires_grad_()
+    (scale * apl.loss("nce")(x, target)).backward()
+    torch.testing.assert_close(z.grad.double(), x.grad, rtol=2e-3, atol=1e-6)
+
+
+def test_a_label_that_is_no_class_is_named_from_a_thread_too():
+    logits, target = data(*LARGE)
+    target[-1] = 1100
+    with pytest.raises(ValueError, match="the label 1100: with 1100 classes labels are 0 to 1099"):
+        apl.loss("nce")(logits.requires_grad_(), target)
+
+
+def test_a_loss_of_more_sums_than_are_compiled_takes_the_plain_path():
+    powers = [apl.normalize(1 - p_y**n) for n in (2, 3, 4)]
+    loss = powers[0] + powers[1] + powers[2]
+    assert not on_cpu.takes(derive(loss.expression))
+    assert on_cpu.takes(derive((powers[0] + powers[1]).expression))
+    logits, target = data(5, 4)
+    z, x = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    for each in (z, x):
+        loss(each, target).backward()
+    torch.testing.assert_close(z.grad.double(), x.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        (1 - p_y) ** 3,
+        apl.symbolic.normalize((1 - p_y) ** 1.5),
+        apl.symbolic.normalize(1 - exp(3 * (p_y - 1))),
+        apl.symbolic.mean_over_others(p_y**0.5),
+        apl.symbolic.mean_over_others(log(1 + p_y)),
+        apl.symbolic.normalize((1 - p_y) / (1 + p_y)),
+    ],
+    ids=str,
+)
+def test_a_function_of_ones_own(expression):
+    loss, (logits, target) = apl.Loss(expression), data(50, 12, scale=1.0)
+    assert on_cpu.takes(derive(expression))
+    assert_close(closed(loss, logits, target), exact(loss, logits, target))
+
+
+def test_without_numba_the_plain_path_runs(monkeypatch):
+    def missing(name):
+        assert name == "numba"
+
+    monkeypatch.setattr(on_cpu, "find_spec", missing)
+    monkeypatch.setattr(on_cpu, "evaluate", None)
+    on_cpu.takes.cache_clear()
+    try:
+        logits, target = data(5, 4)
+        loss = apl.loss("nce")
+        assert not on_cpu.takes(derive(loss.expression))
+        loss(logits.requires_grad_(), target).backward()
+        assert logits.grad.isfinite().all()
+    finally:
+        on_cpu.takes.cache_clear()
+
+
+def _in_child(connection, logits, target):
+    connection.send(closed(apl.loss("mae"), logits, target)[0].sum().item())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_process_that_forked_has_threads_of_its_own():
+    logits, target = data(*LARGE)
+    expected = closed(apl.loss("mae"), logits, target)[0].sum().item()
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    child = context.Process(target=_in_child, args=(there, logits, target))
+    child.start()
+    try:
+        assert here.poll(60), "the forked process hangs"
+        assert here.recv() == pytest.approx(expected, rel=1e-6)
+    finally:
+        child.kill()
+        child.join()
+
+
+@njit
+def _apply(function, x, out):
+    for i in range(len(x)):
+        out[i] = function(x[i])
+
+
+@pytest.mark.parametrize(
+    ("ours", "true", "x"),
+    [
+        (rows._exp, np.exp, np.linspace(-87, 80, 100_001)),
+        (rows._expm1, np.expm1, -np.logspace(-30, 1.9, 100_001)),
+        (rows._expm1, np.expm1, np.linspace(0.01, 80, 10_001)),
+        (rows._log1p, np.log1p, -np.logspace(-30, np.log10(0.5), 100_001)),
+        (rows._log1p, np.log1p, np.linspace(0.001, 1, 10_001)),
+    ],
+)
+def test_functions_are_exact_to_three_roundings(ours, true, x):
+    x = x.astype(np.float32)
+    out = np.empty_like(x)
+    _apply(ours, x, out)
+    expected = true(x.astype(float))
+    assert np.abs(out / expected - 1).max() < 3 * 2**-24
