@@ -1,13 +1,16 @@
 """Networks of one shape as one: weights stacked, (networks, outputs, inputs), gradients by hand.
 
-Backpropagation is written out, because autograd would keep what a step no longer needs, and its
-batch normalization takes the time of a matrix product. Tests hold it against autograd.
+Backpropagation is written out, because autograd would keep what a step no longer needs, and batch
+normalization as torch has it takes the time of a matrix product: :mod:`apl.layers` does it in one
+pass. Tests hold all of it against autograd. On a CPU only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,8 +31,15 @@ class Stack:
     """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
-        columns = zip(*(list(model.children())[1:] for model in models), strict=True)
-        self.layers: list[_Layer] = [_LAYERS[type(column[0])](column) for column in columns]
+        columns = list(zip(*(list(model.children())[1:] for model in models), strict=True))
+        self.layers: list[_Layer] = []
+        for column in columns:
+            kind = type(column[0])
+            before = self.layers[-1] if self.layers else None
+            if kind is nn.ReLU and isinstance(before, _BatchNorm):
+                before.relu = True
+            else:
+                self.layers.append(_LAYERS[kind](column))
         self._velocities = [torch.zeros_like(p) for p in self._parameters()]
 
     def forward(self, x: Tensor, *, training: bool) -> Tensor:
@@ -126,6 +136,8 @@ class _Linear(_Layer):
 
 
 class _BatchNorm(_Layer):
+    """Batch normalization, with the ReLU after it if one follows."""
+
     parameters = ("weight", "bias")
     buffers = ("running_mean", "running_var")
     weight: Tensor
@@ -136,31 +148,34 @@ class _BatchNorm(_Layer):
     def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__(layers)
         self.eps, self.momentum = layers[0].eps, layers[0].momentum
+        self.relu = False
         self.steps = 0
 
     def forward(self, x: Tensor, training: bool) -> Tensor:
+        names = (*self.parameters, *self.buffers)
+        weights = [getattr(self, name).squeeze(-1).numpy() for name in names]
         if not training:
-            scale = self.weight * (self.running_var + self.eps).rsqrt_()
-            return x.mul_(scale).add_(self.bias - self.running_mean * scale)
-        B = x.shape[2]
-        mean = x.mean(2, keepdim=True)
-        self.x = x.sub_(mean)
-        var = torch.linalg.vector_norm(self.x, dim=2, keepdim=True).square_().div_(B)
-        self.inverse = (var + self.eps).rsqrt_()
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(var.mul_(B / (B - 1)), self.momentum)
+            compiled().scale(x.numpy(), *weights, self.eps, self.relu)
+            return x
+        self.x, self.y = torch.empty_like(x), x
+        self.inverse = x.new_empty(x.shape[:2])
+        rest = self.eps, self.momentum, self.relu, self.x.numpy(), self.inverse.numpy()
+        compiled().forward(x.numpy(), *weights, *rest)
         self.steps += 1
-        return (self.x * (self.inverse * self.weight)).add_(self.bias)
+        return x
 
     def backward(self, slope: Tensor, last: bool = False) -> Tensor:
-        B = slope.shape[2]
-        shift = slope.sum(2, keepdim=True)
-        product = slope * self.x
-        stretch = product.sum(2, keepdim=True).mul_(self.inverse)
-        self.slopes = [stretch, shift]
-        # What a change of x does through the mean and the variance of the batch.
-        torch.mul(self.x, stretch * self.inverse / B, out=product).add_(shift / B)
-        return product.sub_(slope).mul_(-self.inverse * self.weight)
+        self.slopes = [torch.empty_like(self.weight), torch.empty_like(self.bias)]
+        compiled().backward(
+            slope.numpy(),
+            self.y.numpy(),
+            self.x.numpy(),
+            self.weight.squeeze(-1).numpy(),
+            self.inverse.numpy(),
+            self.relu,
+            *(s.squeeze(-1).numpy() for s in self.slopes),
+        )
+        return slope
 
     def write_back(self) -> None:
         super().write_back()
@@ -182,6 +197,11 @@ _LAYERS: dict[type[nn.Module], type[_Layer]] = {
     nn.BatchNorm1d: _BatchNorm,
     nn.ReLU: _ReLU,
 }
+
+
+def compiled() -> ModuleType:
+    """:mod:`apl.layers`, which needs numba."""
+    return import_module("apl.layers")
 
 
 def stackable(model: nn.Module) -> bool:
