@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from apl.data import Dataset
 from apl.losses import Loss
 from apl.noise import generator
-from apl.stacked import Stack, stackable
+from apl.stacked import Stack, available, stackable
 from apl.training import memorized
 
-__all__ = ["MOST", "Run", "train"]
+__all__ = ["MOST", "Run", "available", "train"]
 
 MOST = 24
 """How many runs are best trained at once: more of them fit the cache of a CPU less well."""
@@ -57,15 +57,15 @@ def train(
 ) -> list[pd.DataFrame | FloatingPointError]:
     """Train all runs at once, each as :func:`apl.training.train` does alone; return their tables.
 
-    A step does not wait for the device. A run whose training loss is no longer finite has the error
-    in place of its table, and does not touch the others. On a CPU, one thread is fastest.
+    A run whose training loss is no longer finite has the error in place of its table, and does not
+    touch the others. It runs on a CPU, where one thread is fastest, and needs numba.
 
     Parameters
     ----------
     runs
-        of networks of one shape, with training and test sets of one size, on one device. A network
-        is an ``nn.Sequential`` of ``Flatten``, then ``Linear``, ``BatchNorm1d`` and ``ReLU``; a
-        loss is a mean :class:`apl.losses.Loss`
+        of networks of one shape, with training and test sets of one size. A network is an
+        ``nn.Sequential`` of ``Flatten``, then ``Linear``, ``BatchNorm1d`` and ``ReLU``; a loss is a
+        mean :class:`apl.losses.Loss`
     epochs, batch_size, momentum, nesterov, weight_decay, eta_min, clip
         as in :func:`apl.training.train`, the same for all
     on_epoch
@@ -74,7 +74,8 @@ def train(
     Raises
     ------
     ValueError
-        for runs that do not go together, and for networks or losses of another kind
+        for runs that do not go together, for networks, losses or devices of another kind, and where
+        numba is missing
 
     Examples
     --------
@@ -195,6 +196,12 @@ def _key(loss: nn.Module) -> str:
 def _check(runs: Sequence[Run], batch_size: int) -> None:
     if not runs:
         raise ValueError("an ensemble needs at least one run")
+    if not available():
+        raise ValueError("an ensemble needs numba, which is not installed; runs can go one by one")
+    if any(run.data.device.type != "cpu" for run in runs):
+        raise ValueError(
+            "an ensemble trains on a CPU; on a GPU runs go one by one, or as processes"
+        )
     shapes = []
     for run in runs:
         if not stackable(run.model):

@@ -145,7 +145,7 @@ def run(
     bar = {"disable": True} if "CI" in os.environ else {}
     found: dict[int, pd.DataFrame] = {}
     with tqdm(total=len(settings), unit="run", leave=False, **bar) as progress:
-        if small and together:
+        if small and together and ensemble.available():
             groups = _groups(settings, protocol)
             tasks = [delayed(run_together)([settings[i] for i in g], protocol) for g in groups]
         else:

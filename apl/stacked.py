@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Stack", "stackable"]
+__all__ = ["Stack", "available", "stackable"]
 
 
 class Stack:
@@ -197,6 +198,15 @@ _LAYERS: dict[type[nn.Module], type[_Layer]] = {
     nn.BatchNorm1d: _BatchNorm,
     nn.ReLU: _ReLU,
 }
+
+
+def available() -> bool:
+    """Whether there is numba, which comes late to a new Python; without it, runs go one by one.
+
+    >>> available()
+    True
+    """
+    return find_spec("numba") is not None
 
 
 def compiled() -> ModuleType:

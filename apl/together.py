@@ -29,7 +29,7 @@ def alike(cell: Cell) -> tuple[str, int]:
     """
     protocol = cell.protocol()
     common = protocol.together(cell.loss)
-    if common is None:
+    if common is None or not ensemble.available():
         return "", 1
     most = int(SECONDS / (common["epochs"] * protocol.cpu_seconds))
     return f"{protocol.name} {common}", max(1, min(most, ensemble.MOST))

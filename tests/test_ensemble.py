@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import apl
-from apl import training
+from apl import experiments, stacked, training
 from apl.campaign import reproduce
 from apl.ensemble import Run, train
 from apl.experiments import Setting, run
@@ -175,6 +175,16 @@ def test_networks_that_can_be_stacked():
 def test_what_does_not_is_said(runs, sentence):
     with pytest.raises(ValueError, match=sentence):
         train(runs(), epochs=1)
+
+
+def test_without_numba_runs_go_one_by_one(monkeypatch):
+    monkeypatch.setattr(stacked, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs numba"):
+        train([member()], epochs=1)
+    assert alike(Cell("digits", "ce")) == ("", 1)
+    monkeypatch.setattr(experiments, "run_together", None)
+    table = run([Setting("ce", epochs=1)], jobs=1)
+    assert len(table) == 1
 
 
 def test_a_batch_of_one_is_said_before_it_comes():
