@@ -14,7 +14,7 @@ import torch
 from sympy import Expr
 from torch import Tensor
 
-from apl import on_cpu
+from apl import on_cpu, on_gpu
 from apl.checks import label_error
 from apl.closed_form import ClosedForm, derive
 from apl.kernels import Kernel
@@ -50,8 +50,8 @@ def applies(logits: Tensor, target: Tensor) -> bool:
         type(logits) in _PLAIN
         and type(target) in _PLAIN
         and logits.dtype in _DTYPES
-        and logits.device.type == "cpu"
         and target.device == logits.device
+        and (logits.is_cpu or on_gpu.available(logits.device))
         and logits.numel() > 0
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
@@ -62,7 +62,7 @@ def applies(logits: Tensor, target: Tensor) -> bool:
 def loss(call: Call, logits: Tensor, target: Tensor) -> Tensor | None:
     """The loss of a call that :func:`applies`, reduced; None where the plain path must run."""
     form = derive(call.expression)
-    if form is None or not on_cpu.takes(form):
+    if form is None or not (on_gpu.available(logits.device) or on_cpu.takes(form)):
         return None
     if logits.requires_grad and torch.is_grad_enabled():
         return Fused.apply(logits, target, form, call)
@@ -120,6 +120,19 @@ def _reduced(
         value, gradient = _reduced(form, call, logits, target, given, with_gradient=with_gradient)
         return value, None if gradient is None else gradient.squeeze(0)
 
+    if on_gpu.available(logits.device):
+        each, gradient = on_gpu.evaluate(
+            form,
+            call.parameters,
+            logits,
+            target.long(),
+            1.0 if given is None else given.expand(target.shape),
+            ignore_index=call.ignore_index,
+            mean=call.reduction == "mean",
+            with_gradient=with_gradient,
+        )
+        return each if call.reduction == "none" else each.sum(), gradient
+
     def plain(rows: Tensor, labels: Tensor) -> Tensor:
         return call.kernel(rows, labels, call.parameters)
 
@@ -163,9 +176,12 @@ def _times(gradient: Tensor, given: Tensor) -> Tensor:
     """The gradient times what comes in, one factor or one for each loss, in place if possible."""
     if _is_batched(given):
         return gradient * (given.unsqueeze(1) if given.ndim else given)
-    if not given.ndim:  # of a mean or a sum: nearly always 1
+    if on_gpu.available(gradient.device) and not given.ndim:
+        return on_gpu.times(gradient, given)
+    if given.is_cpu and not given.ndim:  # of a mean or a sum: nearly always 1
         return gradient if given.item() == 1 else gradient.mul_(given)
-    if not any(given.stride()) and given.flatten()[0].item() == 1:  # from .sum()
+    # From .sum(); to look would make a GPU wait.
+    if given.is_cpu and not any(given.stride()) and given.flatten()[0].item() == 1:
         return gradient
     return gradient.mul_(given.unsqueeze(1) if gradient.ndim > given.ndim else given)
 

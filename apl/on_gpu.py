@@ -19,12 +19,17 @@ from torch import Tensor
 
 from apl.closed_form import ClosedForm
 
-__all__ = ["available", "evaluate"]
+__all__ = ["available", "evaluate", "times"]
 
 WHOLE = 32768
 """Up to so many classes a row is held in registers."""
 STEEP = 0.1
 """From here on 1 - exp(c u) keeps its digits for p = exp(u) up to 1/2."""
+
+LARGE = 1 << 20
+"""From so many numbers on a kernel that does nothing is faster than one that reads and writes."""
+FEW = 4096
+"""So many labels are counted by every program of a kernel."""
 
 OLDEST = (3, 5)
 """The oldest Triton that compiles :mod:`apl.triton_rows`."""
@@ -69,6 +74,8 @@ def evaluate(
     target: Tensor,
     weight: float | Tensor = 1.0,
     *,
+    ignore_index: int = -100,
+    mean: bool = False,
     with_gradient: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The losses of all labels, and the gradient of their weighted sum.
@@ -83,6 +90,10 @@ def evaluate(
         int64, of shape (N,) or (N, d1, ...); a label that is no class gives NaN
     weight
         what each loss counts in the gradient: a number, or a tensor of the target's shape
+    ignore_index
+        the label of what does not count: its loss and its gradient are 0
+    mean
+        whether losses and gradient are divided by the number of labels that count
     with_gradient
         whether to compute the gradient; else the second result is None
 
@@ -94,7 +105,10 @@ def evaluate(
     device = logits.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return evaluate(form, parameters, logits, target, weight, with_gradient=with_gradient)
+            return evaluate(
+                form, parameters, logits, target, weight,
+                ignore_index=ignore_index, mean=mean, with_gradient=with_gradient,
+            )  # fmt: skip
     z = logits if logits.ndim == 2 else logits.flatten(2)
     gradient = torch.empty_like(z) if with_gradient else None
     losses = torch.empty(target.shape, dtype=torch.float32, device=device)
@@ -105,17 +119,21 @@ def evaluate(
     weights = None
     if isinstance(weight, Tensor):
         weights, weight = weight.to(torch.float32).contiguous(), 1.0
+    counted = None
+    if mean and count > FEW:
+        counted = (target != ignore_index).sum(dtype=torch.float32)
     g = z if gradient is None else gradient
     z_strides, g_strides, steep = z.stride(), g.stride(), tuple([v >= STEEP for v in values])
     aligned = (z.data_ptr() | g.data_ptr()) % 16 == 0
     key = (
         id(form), z.dtype, z.shape[1], z_strides, g_strides, aligned,
-        with_gradient, weights is None, steep, device.index,
+        with_gradient, weights is None, steep, mean, counted is None, device.index,
     )  # fmt: skip
-    launch = _launches.get(key) or _plan(form, z, g_strides, steep)
+    launch = _launches.get(key) or _plan(form, z, g_strides, steep, mean)
     inner = 1 if z.ndim == 2 else z.shape[2]
     arguments = (
-        z, target.contiguous(), weights, gradient, losses, float(weight), values, count, inner,
+        z, target.contiguous(), weights, counted, gradient, losses, float(weight), ignore_index,
+        values, count, inner,
         z_strides[0], z_strides[-1], z_strides[1], g_strides[0], g_strides[-1], g_strides[1],
         *launch.constants,
     )  # fmt: skip
@@ -130,8 +148,25 @@ def evaluate(
     return losses, gradient if gradient is None or z is logits else gradient.view(logits.shape)
 
 
+def times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """A gradient times a number that is on the device, in place; times 1 it is not touched.
+
+    A mean or a sum that is differentiated itself brings a 1, and nearly all are. To look would make
+    the processor wait, and to multiply would take as long as the gradient took.
+    """
+    dense = gradient.untyped_storage().nbytes() == gradient.nbytes
+    if gradient.numel() < LARGE or not dense:
+        return gradient.mul_(factor)
+    from apl import triton_rows
+
+    size, part = gradient.numel(), 4096
+    with torch.cuda.device_of(gradient):
+        triton_rows.times[(min(-(-size // part), 2048),)](gradient, factor, size, PART=part)
+    return gradient
+
+
 def _plan(
-    form: ClosedForm, z: Tensor, g_strides: tuple[int, ...], steep: tuple[bool, ...]
+    form: ClosedForm, z: Tensor, g_strides: tuple[int, ...], steep: tuple[bool, ...], mean: bool
 ) -> _Launch:
     """Which kernel computes a loss, of how many rows and columns at once.
 
@@ -154,6 +189,7 @@ def _plan(
         "UNIT": strides[1] == g_strides[1] == 1,
         "SPATIAL": z.ndim > 2,
         "ALIGNED": math.gcd(16, strides[0], g_strides[0]),
+        "MEAN": int(mean),
         **given,
     }
     kernel = triton_rows.whole_rows if whole else triton_rows.long_rows

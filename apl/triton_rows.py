@@ -23,14 +23,14 @@ import triton.language as tl
 
 from apl.triton_code import INTERPRETED, NVIDIA, exp, exp2, log1p
 
-__all__ = ["long_rows", "whole_rows"]
+__all__ = ["long_rows", "times", "whole_rows"]
 
 SCALARS = [
-    "weight", "N", "inner",
+    "weight", "ignore", "N", "inner",
     "z_outer", "z_inner", "z_class", "g_outer", "g_inner", "g_class",
 ]  # fmt: skip
 """Numbers that change from call to call: no kernel is compiled anew for them."""
-SMALL = ["y_ptr", "w_ptr"]
+SMALL = ["y_ptr", "w_ptr", "count_ptr"]
 """Of these no kernel may expect that they start at a multiple of 16 bytes."""
 
 
@@ -56,13 +56,42 @@ def _offsets(rows, inner, by_outer, by_inner, SPATIAL: tl.constexpr, ALIGNED: tl
 
 
 @triton.jit
-def _labels(z_ptr, y_ptr, w_ptr, weight, rows, inside, z_rows, z_class, K: tl.constexpr):
-    """Labels, their logits and the weights of their losses."""
+def _share(y_ptr, count_ptr, N, ignore, MEAN: tl.constexpr):
+    """What one loss counts: 1, or in a mean 1 over the number of labels that count.
+
+    Few labels are counted by every program, which saves the launch of another kernel.
+    """
+    if MEAN == 0:
+        return 1.0
+    if count_ptr is not None:
+        return 1.0 / tl.load(count_ptr)
+    found = tl.zeros((1024,), tl.float32)
+    for start in range(0, N, 1024):
+        places = start + tl.arange(0, 1024)
+        y = tl.load(y_ptr + places, mask=places < N, other=0)
+        found += tl.where((places < N) & (y != ignore), 1.0, 0.0)
+    return 1.0 / tl.sum(found, 0)
+
+
+@triton.jit
+def _labels(
+    z_ptr, y_ptr, w_ptr, count_ptr, weight, ignore, N, rows, inside, z_rows, z_class,
+    K: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
+    """Labels, their logits, the weights of their losses, and what the losses are multiplied by."""
     y = tl.load(y_ptr + rows, mask=inside, other=0)
-    known = inside & (y >= 0) & (y < K)
+    counts = inside & (y != ignore)
+    known = counts & (y >= 0) & (y < K)
     z_y = tl.load(z_ptr + z_rows + y * z_class, mask=known, other=float("nan")).to(tl.float32)
     w = weight if w_ptr is None else tl.load(w_ptr + rows, mask=inside, other=0.0)
-    return y, z_y, tl.where(known, w, float("nan"))
+    share = _share(y_ptr, count_ptr, N, ignore, MEAN)
+    return y, z_y, tl.where(counts, w * share, 0.0), counts, share
+
+
+@triton.jit
+def _store_loss(loss_ptr, rows, inside, value, counts, share):
+    # Where no label counts, share is infinite, and a mean is NaN, as torch has it.
+    tl.store(loss_ptr + rows, tl.where(counts, value, 0.0) * share, mask=inside)
 
 
 @triton.jit
@@ -237,13 +266,13 @@ def _store_label(g_ptr, g_rows, g_class, inside, y, g, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=SCALARS, do_not_specialize_on_alignment=SMALL)
 def whole_rows(
-    z_ptr, y_ptr, w_ptr, g_ptr, loss_ptr, weight, own,
+    z_ptr, y_ptr, w_ptr, count_ptr, g_ptr, loss_ptr, weight, ignore, own,
     N: tl.int64, inner: tl.int64,
     z_outer: tl.int64, z_inner: tl.int64, z_class: tl.int64,
     g_outer: tl.int64, g_inner: tl.int64, g_class: tl.int64,
     K: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
     UNIT: tl.constexpr, SPATIAL: tl.constexpr, ALIGNED: tl.constexpr,
-    LINE: tl.constexpr, DELICATE: tl.constexpr, COUNT: tl.constexpr,
+    LINE: tl.constexpr, DELICATE: tl.constexpr, COUNT: tl.constexpr, MEAN: tl.constexpr,
     ROW: tl.constexpr, TERMS: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
     """Losses and gradients of ROWS rows, each read once, in PARTS that stay in registers."""
@@ -251,7 +280,9 @@ def whole_rows(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < N
     z_rows = _offsets(rows, inner, z_outer, z_inner, SPATIAL, ALIGNED)
-    y, z_y, w = _labels(z_ptr, y_ptr, w_ptr, weight, rows, inside, z_rows, z_class, K)
+    y, z_y, w, counts, share = _labels(
+        z_ptr, y_ptr, w_ptr, count_ptr, weight, ignore, N, rows, inside, z_rows, z_class, K, MEAN
+    )
     lanes = tl.zeros((ROWS, PART), tl.float32)
     read = ()
     for i in tl.static_range(PARTS):
@@ -301,7 +332,7 @@ def whole_rows(
     sums = [tl.sum(lane, 1) for lane in sums]
     line = tl.sum(line, 1) if LINE else m * 0.0
     row = _row(m, base, of_base, top, z_y, line, sums, w, own, K, DELICATE, ROW)
-    tl.store(loss_ptr + rows, row[0], mask=inside)
+    _store_loss(loss_ptr, rows, inside, row[0], counts, share)
 
     if g_ptr is not None:
         g_rows = _offsets(rows, inner, g_outer, g_inner, SPATIAL, ALIGNED)
@@ -321,13 +352,13 @@ def whole_rows(
 
 @triton.jit(do_not_specialize=SCALARS, do_not_specialize_on_alignment=SMALL)
 def long_rows(
-    z_ptr, y_ptr, w_ptr, g_ptr, loss_ptr, weight, own,
+    z_ptr, y_ptr, w_ptr, count_ptr, g_ptr, loss_ptr, weight, ignore, own,
     N: tl.int64, inner: tl.int64,
     z_outer: tl.int64, z_inner: tl.int64, z_class: tl.int64,
     g_outer: tl.int64, g_inner: tl.int64, g_class: tl.int64,
     K: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
     UNIT: tl.constexpr, SPATIAL: tl.constexpr, ALIGNED: tl.constexpr,
-    LINE: tl.constexpr, DELICATE: tl.constexpr, COUNT: tl.constexpr,
+    LINE: tl.constexpr, DELICATE: tl.constexpr, COUNT: tl.constexpr, MEAN: tl.constexpr,
     ROW: tl.constexpr, TERMS: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
     """Losses and gradients of ROWS rows, read in parts: twice, or three times with TERMS."""
@@ -335,7 +366,9 @@ def long_rows(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < N
     z_rows = _offsets(rows, inner, z_outer, z_inner, SPATIAL, ALIGNED)
-    y, z_y, w = _labels(z_ptr, y_ptr, w_ptr, weight, rows, inside, z_rows, z_class, K)
+    y, z_y, w, counts, share = _labels(
+        z_ptr, y_ptr, w_ptr, count_ptr, weight, ignore, N, rows, inside, z_rows, z_class, K, MEAN
+    )
     lanes = tl.zeros((ROWS, PART), tl.float32)
 
     # Of the classes seen in each lane: the largest logit, the second largest, and the sum of
@@ -383,7 +416,7 @@ def long_rows(
     sums = [tl.sum(lane, 1) for lane in sums]
     line = tl.sum(line, 1) if LINE else m * 0.0
     row = _row(m, base, of_base, top, z_y, line, sums, w, own, K, DELICATE, ROW)
-    tl.store(loss_ptr + rows, row[0], mask=inside)
+    _store_loss(loss_ptr, rows, inside, row[0], counts, share)
 
     if g_ptr is not None:
         g_rows = _offsets(rows, inner, g_outer, g_inner, SPATIAL, ALIGNED)
@@ -394,3 +427,16 @@ def long_rows(
             g = _gradient(z, e, m, base, of_base, top, row, own, K, DELICATE, LINE, SLOPE)
             _store(g_ptr, g_rows, g_class, inside, columns, g, K, UNIT)
         _store_label(g_ptr, g_rows, g_class, inside, y, row[1], K)
+
+
+@triton.jit
+def times(x_ptr, factor_ptr, size, PART: tl.constexpr):
+    """Numbers times one factor, in place; where that is 1, nothing is read or written."""
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        start = tl.program_id(0).to(tl.int64) * PART
+        step = tl.num_programs(0).to(tl.int64) * PART
+        for first in range(start, size, step):
+            at = first + tl.arange(0, PART)
+            x = tl.load(x_ptr + at, mask=at < size).to(tl.float32)
+            tl.store(x_ptr + at, (x * factor).to(x_ptr.dtype.element_ty), mask=at < size)

@@ -26,6 +26,7 @@ from apl import on_gpu
 from apl._cases import close, extreme, rows
 from apl.closed_form import derive
 from apl.symbolic import p_y
+from apl.testing import LossContract
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -227,6 +228,62 @@ def test_what_does_not_count_has_no_gradient(interpreter):
             evaluated, name, logits, target, torch.tensor([1.0, 0.0, 1.0, 1.0])
         )
         assert gradient[0].all() and not gradient[1].any(), f"{name}: {gradient}"
+
+
+def means(N, ignored, whole):
+    logits, target = rows(N, 3, 3.0, torch.float32)
+    target[::3] = ignored
+    counted = target != ignored
+    found = evaluated("nce+rce", logits, target, whole=whole, ignore_index=ignored, mean=True)
+    true_values, true_gradient = truth("nce+rce", logits, target.clamp(0, 2), counted)
+    count = counted.sum()
+    close(found[0].double(), true_values * counted / count, rtol=1e-5, atol=1e-7)
+    close(found[1].double(), true_gradient / count, rtol=1e-5, atol=1e-7)
+
+
+@needs_triton
+@pytest.mark.parametrize("whole", [0, on_gpu.WHOLE])
+@pytest.mark.parametrize("ignored", [-100, 1])
+@pytest.mark.parametrize("N", [1, 130, 1500, on_gpu.FEW + 5])
+def test_a_mean_is_over_the_labels_that_count(interpreter, N, ignored, whole):
+    if N > 1:
+        interpreter(means, N, ignored, whole)
+    else:  # none does
+        case = torch.zeros(1, 3), torch.tensor([ignored])
+        keywords = {"ignore_index": ignored, "mean": True, "whole": whole}
+        value, gradient = interpreter(evaluated, "nfl", *case, **keywords)
+        assert value.isnan().all() and not gradient.any()
+
+
+def multiplied(factor):
+    numbers = torch.linspace(-2, 2, on_gpu.LARGE + 70)
+    return numbers.clone(), on_gpu.times(numbers, torch.tensor(factor))
+
+
+@needs_triton
+@pytest.mark.parametrize("factor", [1.0, -0.5])
+def test_a_gradient_times_a_number(interpreter, factor):
+    before, after = interpreter(multiplied, factor)
+    close(after, before * factor, rtol=0, atol=0)
+
+
+def failures(name):
+    """Of the whole contract, with tensors on a CPU and kernels in the interpreter."""
+    on_gpu.available = lambda device: True
+
+    class Contract(LossContract):
+        test_labels_out_of_range_are_refused = None  # a GPU does not wait to look: they give NaN
+
+        def loss(self, **keywords):
+            return apl.loss(name, **keywords)
+
+    return {test: str(error)[:300] for test, error in Contract.failures().items()}
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["nce+rce", "nfl"])
+def test_the_contract(interpreter, name):
+    assert interpreter(failures, name) == {}
 
 
 # --- the compiler ---------------------------------------------------------------------------------
