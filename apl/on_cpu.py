@@ -31,8 +31,11 @@ from apl.symbolic import K
 
 __all__ = ["compiled", "evaluate", "takes"]
 
-BLOCK = 1 << 16
-"""So many logits, or one row, are one piece of work: fewer are done before a thread has started."""
+BLOCK = 1 << 20
+"""So many logits, or one row, are one piece of work. A second thread is of no use for fewer: after
+a call of torch, torch's own thread keeps its processor busy for about as long, waiting for more."""
+MANY = 1 << 20
+"""So many logits at once are brought into single precision, or into rows: 4 MiB."""
 MOST = 2
 """So many sums of functions that are not a + b u; no loss of the catalog has more than 1."""
 
@@ -98,53 +101,69 @@ def evaluate(
     RuntimeError
         for a label that is no class, in the words of ``gather``
     """
-    rows = compiled(form)
     values = tuple(float(parameters[s.name]) for s in form.parameters) or (0.0,)
-    singles = tuple(np.float32(value) for value in values)
-    logits = logits.detach()  # a thread of its own would record what is done there
+    weight = torch.as_tensor(weight, dtype=torch.float32)
+    weight = weight.view(1) if weight.ndim == 0 else weight
+    logits = logits.detach()
     gradient = torch.empty_like(logits) if with_gradient else None
     losses = torch.empty(target.shape, dtype=torch.float32)
-    if isinstance(weight, float):
-        weight = torch.tensor([weight])
-
-    def part(z: Tensor, y: Tensor, w: Tensor, out: Tensor | None, each: Tensor) -> None:
-        """Rows (n, K), their losses and their gradient, written in place."""
-        scratch = torch.empty(1, z.shape[1]) if out is None else out
-        odd = np.zeros(len(y), dtype=np.bool_)
-        arrays = (t.numpy() for t in (z, y, w, scratch, each))
-        wrong, unsafe = rows(*arrays, odd, out is not None, values, singles)
-        if wrong >= 0:
-            raise RuntimeError(
-                f"index {int(y[wrong])} is out of bounds for dimension 1 with size {z.shape[1]}"
-            )
-        if unsafe:
-            _again(plain, z, y, w, out, each, torch.from_numpy(odd))
-
-    N, classes = logits.shape[:2]
-    ready = logits.dtype == torch.float32 and logits.ndim == 2 and logits.is_contiguous()
-    if ready and logits.numel() <= BLOCK:
-        part(logits, target.contiguous(), weight.contiguous(), gradient, losses)
+    if logits.dtype == torch.float32 and logits.ndim == 2 and logits.is_contiguous():
+        _rows(form, values, plain, logits, target, weight, gradient, losses)
         return losses, gradient
-    size = BLOCK if not ready else max(BLOCK, logits.numel() // (16 * torch.get_num_threads()))
-    step = max(1, size * N // logits.numel())
-
-    def block(start: int) -> None:
+    step = max(1, MANY * len(logits) // logits.numel())
+    for start in range(0, len(logits), step):
         at = slice(start, start + step)
-        z, y = logits[at], target[at]
-        w = weight[at] if weight.ndim == target.ndim and weight.numel() > 1 else weight
-        g = None if gradient is None else gradient[at]
-        if ready:
-            part(z, y.contiguous(), w.contiguous(), g, losses[at])
-            return
-        own = z.movedim(1, -1).to(torch.float32, memory_format=torch.contiguous_format)
-        own, y, w = own.reshape(-1, classes), y.reshape(-1), w.reshape(-1)
-        out, each = None if g is None else torch.empty_like(own), losses[at].view(-1)
-        part(own, y, w, out, each)
-        if g is not None and out is not None:
-            g.movedim(1, -1).copy_(out.view(g.movedim(1, -1).shape))
-
-    _share(block, range(0, N, step))
+        z = logits[at].movedim(1, -1)
+        own = z.to(torch.float32, memory_format=torch.contiguous_format).reshape(-1, z.shape[-1])
+        out = None if gradient is None else torch.empty_like(own)
+        w = weight if weight.numel() == 1 else weight[at].reshape(-1)
+        y, each = target[at].reshape(-1), losses[at].view(-1)
+        _rows(form, values, plain, own, y, w, out, each)
+        if gradient is not None and out is not None:
+            gradient[at].movedim(1, -1).copy_(out.view(z.shape))
     return losses, gradient
+
+
+def _rows(
+    form: ClosedForm,
+    values: tuple[float, ...],
+    plain: Plain,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    gradient: Tensor | None,
+    losses: Tensor,
+) -> None:
+    """Rows (n, K) in single precision: their losses and their gradient, written in place."""
+    rows, singles = compiled(form), tuple(np.float32(value) for value in values)
+    N, classes = logits.shape
+    odd = np.zeros(N, dtype=np.bool_)
+    z, y, each = logits.numpy(), target.contiguous().numpy(), losses.numpy()
+    w, g = weight.contiguous().numpy(), None if gradient is None else gradient.numpy()
+    found = 0
+
+    # What runs in a thread of its own must not call torch: it would get threads of torch's there,
+    # more than there are processors.
+    def part(start: int) -> None:
+        nonlocal found
+        at = slice(start, start + step)
+        out = np.empty((1, classes), np.float32) if g is None else g[at]
+        of = w[at] if len(w) > 1 else w
+        wrong, marked = rows(
+            z[at], y[at], of, out, each[at], odd[at], g is not None, values, singles
+        )
+        if wrong >= 0:
+            label = y[start + wrong]
+            raise RuntimeError(
+                f"index {label} is out of bounds for dimension 1 with size {classes}"
+            )
+        if marked:
+            found += 1
+
+    step = max(1, BLOCK // classes)
+    _share(part, range(0, N, step))
+    if found:
+        _again(plain, logits, target, weight, gradient, losses, torch.from_numpy(odd))
 
 
 def _share(work: Callable[[int], None], places: range) -> None:

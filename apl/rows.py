@@ -68,16 +68,16 @@ def _is_finite(number):
 
 @njit(inline="always")
 def _reduced(x):
-    """x = n log 2 + r, with 2^n and exp(r) - 1, whose polynomial is exact to 1e-8."""
+    """2^n and exp(r) - 1 with x = n log 2 + r; the polynomial is a Chebyshev fit."""
     x = _smaller(_larger(x, single(-87.0)), single(88.0))
     n = np.floor(x * single(1.44269504) + single(0.5))
     r = (x - n * single(0.693359375)) + n * single(2.12194440e-4)
-    q = single(1.9875691500e-4)
-    q = q * r + single(1.3981999507e-3)
-    q = q * r + single(8.3334519073e-3)
-    q = q * r + single(4.1665795894e-2)
-    q = q * r + single(1.6666665459e-1)
-    q = q * r + single(5.0000001201e-1)
+    q = single(1.9891247e-4)
+    q = q * r + single(1.3933881e-3)
+    q = q * r + single(8.3333105e-3)
+    q = q * r + single(4.1666463e-2)
+    q = q * r + single(1.6666667e-1)
+    q = q * r + single(0.5)
     power = _from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
     return power, q * r * r + r
 
@@ -103,7 +103,7 @@ def _expm1(x):
 
 @njit(inline="always")
 def _log1p(x):
-    """log(1 + x) for x from -1/2 to 1: 2 artanh(x / (2 + x))."""
+    """log(1 + x) for x from -1/2 to 1: 2 artanh(x / (2 + x)), by its series."""
     s = x / (single(2.0) + x)
     s2 = s * s
     q = single(1 / 17)
