@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from apl import (
         augment,
+        bench,
         catalog,
         comparison,
         data,
@@ -46,6 +47,7 @@ __all__ = [
     "SCE",
     "Loss",
     "augment",
+    "bench",
     "catalog",
     "comparison",
     "data",

@@ -29,6 +29,7 @@ examples:
   apl train digits nce+mae symmetric 0.6     one run, in seconds, without a GPU
   apl reproduce --dataset digits --dry-run   what the whole digits table needs
   apl compare                                our numbers beside the published ones
+  apl bench                                  what the losses cost on this machine
 'apl COMMAND --help' says more.
 """,
     "list": """\
@@ -71,6 +72,27 @@ examples:
 The verdict is on the means of the last epoch: "agrees" where the 95 % interval of the difference
 holds 0 or the difference is at most 1 point, else "differs"; "open" with fewer than 2 runs on
 either side; "shorter" where we trained for fewer epochs than the paper.
+""",
+    "bench": """\
+examples:
+  apl bench                                        some losses: time and memory, in 2 to 3 minutes
+  apl bench --loss nce+rce gce --size 1024x1000 128x10
+  apl bench losses --loss all --compile --out bench.json
+  apl bench growth first-call --loss nce --out bench.json
+  apl bench grid                                   training, beside the usual loop
+
+Times are ratios to torch's F.cross_entropy, value and gradient in one call, beside the limit: a
+copy of the logits, which moves as many bytes as reading them once and writing their gradient once.
+All are timed in turn, over and over, and the median of the ratios is printed, its quartiles in
+brackets. Other work on the machine disturbs it, most of all where torch has several threads. With
+--out what was measured is kept, parts measured before included. The parts:
+
+  losses      time, beside code with one-hot labels, a compiled formula and the limit
+  memory      the most that a call holds above its inputs
+  first-call  the seconds of the first call in a new process
+  growth      time and memory by the number of rows, of classes, and by dtype
+  grid        images a second in training: the CIFAR-10 network on made-up images, against a loop
+              as the official code trains; on a CPU also digits, many runs at once against a loop
 """,
     "pack": """\
 example:
@@ -130,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, about: str) -> argparse.ArgumentParser:
+    def command(name: str, about: str, out: bool = True) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
             help=about,
@@ -138,9 +160,9 @@ def _parser() -> argparse.ArgumentParser:
             epilog=_EXAMPLES[name],
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        added.add_argument(
-            "--out", default="runs", metavar="FOLDER", help="where the records are (default: runs)"
-        )
+        if out:
+            about = "where the records are (default: runs)"
+            added.add_argument("--out", default="runs", metavar="FOLDER", help=about)
         added.add_argument(
             "--traceback", action="store_true", help="show where an error comes from"
         )
@@ -158,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
         help="who published them (default: ma2020-notebook, the authors)",
     )
     compare.add_argument("--csv", metavar="FILE", help="write the table there, with all columns")
+    _bench(command("bench", "measure what losses and training cost on this machine", out=False))
     pack = command("pack", "put the records into one file a data set, to pass them on")
     pack.add_argument("--to", required=True, metavar="FOLDER", help="where the packed files go")
     return parser
@@ -211,6 +234,50 @@ def _reproduce(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="between two checkpoints of a run (default: 300)",
     )
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    some: dict[str, Any] = {"nargs": "+"}
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help='see below; "all" are all (default: losses memory)'
+    )
+    parser.add_argument(
+        "--loss", **some, help='names, or "all" (default: mae nce nfl nce+rce, which are typical)'
+    )
+    parser.add_argument(
+        "--size", **some, help="of logits, ROWSxCLASSES, for losses and memory (default: several)"
+    )
+    parser.add_argument(
+        "--dtype",
+        **some,
+        help="of logits of these sizes: float32, bfloat16, ... (default: float32)",
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--threads", type=_count, help="of torch (default: as many as it takes)")
+    parser.add_argument(
+        "--repeats", type=_count, help="repetitions (default: what --seconds allow)"
+    )
+    parser.add_argument(
+        "--seconds", type=_amount, help="about how long to time one size (default: 10, growth 3)"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="also time the textbook formula under torch.compile, which needs a C++ compiler and "
+        "seconds to a minute for each loss and size",
+    )
+    grid = parser.add_argument_group("grid")
+    grid.add_argument(
+        "--images",
+        type=_count,
+        help="in an epoch of the CIFAR-10 network (default: 50000, CPU 512)",
+    )
+    grid.add_argument("--epochs", type=_count, default=1, help="that are timed (default: 1)")
+    grid.add_argument("--runs", **some, type=_count, help="how many at once (default: 1 to 8, 24)")
+    grid.add_argument(
+        "--workers", type=_count, help="of the usual loop's loader (default: up to 8)"
+    )
+    parser.add_argument("--out", metavar="FILE", help="keep what was measured there, as JSON")
 
 
 def _slice(parser: argparse.ArgumentParser) -> None:

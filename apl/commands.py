@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+import torch
 
 from apl import human, processes, workers
 from apl.campaign import Pace, pending
@@ -19,7 +23,7 @@ from apl.grid import Cell, grid
 from apl.protocols import NAMES, Protocol, default_name, duration
 from apl.records import Record, RecordError, Store
 
-__all__ = ["COMMANDS", "compare", "list_", "pack", "reproduce", "train"]
+__all__ = ["COMMANDS", "bench", "compare", "list_", "pack", "reproduce", "train"]
 
 _say: Callable[[str], None] = partial(print, flush=True)
 
@@ -148,6 +152,66 @@ def pack(options: Namespace) -> int:
     return 0
 
 
+def bench(options: Namespace) -> int:
+    """Measure what losses and training cost, print it, and keep it where that is asked for."""
+    from apl import bench as benches  # for this command only: it takes time to import
+    from apl.bench.sizes import known as known_names
+
+    names = [*CATALOG] if options.loss == ["all"] else options.loss
+    parts = [*benches.PARTS] if options.parts == ["all"] else options.parts or ["losses", "memory"]
+    for part in parts:
+        if part not in benches.PARTS:
+            known = ", ".join(benches.PARTS)
+            raise ValueError(f"there is no part {part!r} to measure; there is {known}, or all")
+    if options.dtype and not options.size:
+        raise ValueError("--dtype goes with --size, which says of how many rows and classes")
+    sizes = [
+        benches.Size.parse(size, dtype)
+        for size in options.size or ()
+        for dtype in options.dtype or ["float32"]
+    ]
+    known_names(names)
+    if options.out and Path(options.out).exists():
+        benches.read(options.out)  # a file that is something else is said before anything is done
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pace = {"repeats": options.repeats, "seconds": options.seconds}
+    pace = {name: value for name, value in pace.items() if value is not None}
+    training = {"images": options.images, "epochs": options.epochs, "runs": options.runs}
+    training |= {"workers": options.workers, "repeats": options.repeats or 3}
+    given: dict[str, dict[str, Any]] = {
+        "losses": {"names": names, "sizes": sizes or None, "compiled": options.compile, **pace},
+        "memory": {"names": names, "sizes": sizes or None},
+        "first-call": {"names": names},
+        "growth": {"names": names, **pace},
+        "grid": training,
+    }
+    _busy()
+    for part in dict.fromkeys(parts):
+        measured = benches.measure(
+            part, device=device, threads=options.threads, say=_progress, **given[part]
+        )
+        if options.out:
+            benches.Bench({part: measured}).write(options.out)
+        made = measured.made
+        where = f"{made['device']}, {made['threads']} threads, torch {made['torch']}"
+        _say(f"{part} ({where}; {duration(made['seconds'])})\n")
+        _say(f"{benches.table(part, measured)}\n")
+    if options.out:
+        _say(options.out)
+    return 0
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _busy() -> None:
+    """Say where other processes disturb what is timed."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > (os.cpu_count() or 1) / 4:
+        _progress(f"the machine is busy (load {load:.1f}): times will be less certain")
+
+
 def _chosen(record: Record, options: Namespace) -> bool:
     wanted = {
         "dataset": _datasets(options.dataset),
@@ -236,6 +300,7 @@ COMMANDS: Mapping[str, Callable[[Namespace], int]] = MappingProxyType(
         "reproduce": _together(reproduce),
         "compare": compare,
         "pack": pack,
+        "bench": bench,
     }
 )
 """Every command by its name."""

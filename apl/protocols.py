@@ -53,10 +53,10 @@ _TYPES: Mapping[str, Any] = {
 }
 _SETTINGS = (
     *("epochs", "batch_size", "eval_batch_size", "lr", "momentum", "nesterov", "weight_decay"),
-    *("eta_min", "clip", "decay", "parts"),
+    *("eta_min", "clip", "decay", "parts", "precision"),
 )
-# Each run of an ensemble has an lr of its own, and small networks need neither of the others.
-_ALONE = ("lr", "augment", "eval_batch_size")
+# Each run of an ensemble has an lr of its own, and small networks need none of the others.
+_ALONE = ("lr", "augment", "eval_batch_size", "precision")
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,6 +77,8 @@ class Protocol:
     What a protocol does not have is None.
 
     With ``samples`` only the first so many images are trained on and tested with, to try a run out.
+    Where ``precision`` is None, the network computes in what is fastest on the device, see
+    :mod:`apl.precision`; "float32" is the plain path.
 
     Examples
     --------
@@ -105,6 +107,7 @@ class Protocol:
     decay: float | None = None
     parts: int | None = None
     samples: int | None = None
+    precision: str | None = None
     exceptions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     device: str = "cpu"
     root: str | Path | None = None
@@ -313,7 +316,7 @@ class Protocol:
         >>> Protocol.of("digits").together("ce")["epochs"], Protocol.of("mnist").together("ce")
         (60, None)
         """
-        if self.name not in SMALL:
+        if self.name not in SMALL or self.precision not in (None, "float32"):
             return None
         own = self.settings(loss, epochs=epochs)
         return {name: own[name] for name in own if name not in _ALONE}

@@ -25,30 +25,19 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import ConcatDataset, Dataset
 from tqdm import tqdm
 
+from apl import precision as precisions
 from apl.batches import Batches, Drawn, Key, Sample, default_workers
 from apl.batches import loader as reading
 from apl.checkpoints import Checkpoint, OutOfTime
 from apl.processes import ALONE, Team, reworded
-from apl.training import repeatable
+from apl.training import on_gpu, repeatable, sgd
 
-__all__ = ["precision", "train"]
+__all__ = ["train"]
 
 TOP = (1, 5)
 """For which k top-k accuracy is measured."""
 
-
-def precision(device: str | torch.device) -> str:
-    """In what numbers the network computes: bfloat16 on a GPU that has it, else float32.
-
-    The weights, the loss and the optimizer are in float32 on every device.
-
-    >>> precision("cpu")
-    'float32'
-    """
-    # Older GPUs only imitate it, and slowly.
-    if torch.device(device).type == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
-        return "bfloat16"
-    return "float32"
+precision = precisions.of
 
 
 @repeatable()
@@ -75,6 +64,7 @@ def train(
     progress: bool | None = None,
     checkpoint: Checkpoint | None = None,
     team: Team = ALONE,
+    precision: str | None = None,
 ) -> pd.DataFrame:
     """Train with SGD on samples read from files; return a table, one row an epoch.
 
@@ -87,7 +77,7 @@ def train(
         the network and the loss of logits and labels, which takes the mean over samples
     data, tests
         data sets of pairs, image and label; the first of the tests by name is ``test_accuracy``
-    epochs, lr, momentum, nesterov, weight_decay, clip, seed, progress, checkpoint
+    epochs, lr, momentum, nesterov, weight_decay, clip, seed, progress, checkpoint, precision
         as in :func:`apl.training.train`
     decay
         what the learning rate is multiplied by after each epoch
@@ -111,7 +101,7 @@ def train(
     Raises
     ------
     ValueError
-        where the processes cannot share the parts
+        where the processes cannot share the parts, and for an unknown precision
     FloatingPointError
         when the training loss is no longer finite
     OutOfTime
@@ -139,15 +129,17 @@ def train(
     test_loader = reading(Drawn(ConcatDataset(tests.values()), seed), shown, readers // 2, device)
 
     model.to(device).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=nesterov
-    )
+    numbers = precisions.of(device, precision)
+    scaler = precisions.scaler(numbers, device)
+    weights = list(model.parameters())
+    optimizer = sgd(weights, lr, momentum, weight_decay, nesterov, on_gpu(device))
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)
     rows: list[dict[str, float]] = []
     if checkpoint is not None and team.leads:
         states = {"model": model, "optimizer": optimizer, "schedule": schedule, "loss": loss}
+        states |= {"scaler": scaler} if scaler.is_enabled() else {}
         rows = checkpoint.resume(**states)
-    rows = _same_start(rows, optimizer, schedule, team)
+    rows = _same_start(rows, optimizer, schedule, scaler, team)
     net = model
     if team.size > 1:  # it gives every process the first one's weights, and later gradients' means
         net = DistributedDataParallel(model, broadcast_buffers=False)
@@ -158,13 +150,15 @@ def train(
     for epoch in range(len(rows), epochs):
         batches.epoch = epoch
         shown_loader = tqdm(loader, desc=f"epoch {epoch + 1}/{epochs}", **bar)
-        train_loss = _epoch(net, loss, shown_loader, batches, optimizer, clip, device, team)
+        train_loss = _epoch(
+            net, loss, shown_loader, batches, optimizer, scaler, clip, numbers, device, team
+        )
         schedule.step()
         if not abs(train_loss) < float("inf"):
             raise FloatingPointError(f"the training loss is {train_loss} in epoch {epoch + 1}")
         for values in model.buffers():
             team.copy(values)
-        accuracy = _accuracy(model, test_loader, shown, tests, device, team)
+        accuracy = _accuracy(model, test_loader, shown, tests, numbers, device, team)
         row = {"epoch": epoch + 1, "train_loss": train_loss}
         row["test_accuracy"] = next(iter(accuracy.values()))
         rows.append(row | accuracy)
@@ -178,7 +172,9 @@ def _epoch(
     loader: Any,
     batches: Batches,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     clip: float,
+    numbers: str,
     device: torch.device,
     team: Team,
 ) -> float:
@@ -200,16 +196,18 @@ def _epoch(
             hold = many.no_sync() if many is not None and i + 1 < len(pieces) else nullcontext()
             moves = batches.mine.start + i == 0
             with hold, _statistics(net, moves):
-                with _computing(device):
+                with precisions.computing(numbers, device):
                     logits = net(part)
-                if logits.dtype == torch.bfloat16:
+                if numbers != "float32":
                     logits = logits.float()
                 part_loss = weight * loss(logits, given)
                 # The processes' gradients are averaged; what is wanted is their sum.
-                (team.size * part_loss).backward()
+                scaler.scale(team.size * part_loss).backward()
             step_loss += part_loss.detach()
+        scaler.unscale_(optimizer)
         clip_grad_norm_(weights, clip)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         total += step_loss * min(batches.batch_size, batches.n - step * batches.batch_size)
     return team.total(total).item() / batches.n
 
@@ -220,6 +218,7 @@ def _accuracy(
     loader: Any,
     shown: Sequence[Sequence[Key]],
     tests: Mapping[str, Dataset[Sample]],
+    numbers: str,
     device: torch.device,
     team: Team,
 ) -> dict[str, float]:
@@ -228,7 +227,7 @@ def _accuracy(
     ends = np.cumsum([_len(test) for test in tests.values()])
     right = torch.zeros(len(tests), len(TOP), dtype=torch.int64, device=device)
     for keys, (images, labels) in zip(shown, loader, strict=True):
-        with _computing(device):
+        with precisions.computing(numbers, device):
             images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
             logits = model(images)
         found = logits.topk(min(max(TOP), logits.shape[-1])).indices == labels.to(device)[:, None]
@@ -241,12 +240,6 @@ def _accuracy(
         for i, (name, test) in enumerate(tests.items())
         for j, k in enumerate(TOP)
     }
-
-
-def _computing(device: torch.device) -> torch.autocast:
-    return torch.autocast(
-        device.type, dtype=torch.bfloat16, enabled=precision(device) == "bfloat16"
-    )
 
 
 @contextmanager
@@ -267,18 +260,20 @@ def _same_start(
     rows: list[dict[str, float]],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
     team: Team,
 ) -> list[dict[str, float]]:
     """Where a continued run goes on, in every process; the weights follow by themselves."""
     buffer = io.BytesIO()
     if team.leads:
-        torch.save((rows, optimizer.state_dict(), schedule.state_dict()), buffer)
+        torch.save([rows, *(s.state_dict() for s in (optimizer, schedule, scaler))], buffer)
     content = team.share(buffer.getvalue() if rows else None)
     if content is not None and not team.leads:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         rows = state[0]
         optimizer.load_state_dict(state[1])
         schedule.load_state_dict(state[2])
+        scaler.load_state_dict(state[3])
     return rows
 
 

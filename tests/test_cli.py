@@ -58,7 +58,9 @@ def wait_until(true, seconds=60):
 # --- help and errors ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [[], ["list"], ["train"], ["reproduce"], ["compare"]])
+@pytest.mark.parametrize(
+    "command", [[], ["list"], ["train"], ["reproduce"], ["compare"], ["bench"]]
+)
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])

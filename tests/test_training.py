@@ -275,7 +275,7 @@ def test_on_a_gpu_a_step_does_not_wait_and_runs_repeat():
         return sum("synchron" in str(one.message) for one in caught)
 
     history(data=data, epochs=1)  # the first run also waits for what is set up once
-    assert waits(100) == waits(1297) > 0
+    assert waits(100) == waits(50) > 0  # in each of them a step is recorded, once
     pd.testing.assert_frame_equal(
         history(data=data, augment=rotate, loss=loss),
         history(data=data, augment=rotate, loss=loss),
