@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from apl import human
+from apl import human, precision
 from apl.catalog import CATALOG
 from apl.checkpoints import Checkpoint
 from apl.protocols import SMALL, Protocol
@@ -35,7 +35,7 @@ KINDS: tuple[str, ...] = (
 
 _CHANGEABLE = (
     *("network", "procedure", "batch_size", "lr", "momentum", "nesterov", "weight_decay"),
-    *("eta_min", "clip", "decay", "parts", "samples"),
+    *("eta_min", "clip", "decay", "parts", "samples", "precision"),
 )
 _MAY_BE_ZERO = ("momentum", "weight_decay", "eta_min")
 
@@ -247,7 +247,8 @@ def _protocol(
     given = Protocol.of(dataset, source="code" if source == "book" else source, epochs=epochs)
     chosen = {name: value for name, value in changes if name in _CHANGEABLE}
     for name, value in chosen.items():
-        kind = int if name == "samples" else type(getattr(given, name))
+        absent = {"samples": int, "precision": str}.get(name)  # in the protocols as they are
+        kind = absent or type(getattr(given, name))
         if kind is type(None):
             raise ValueError(f"{dataset} has no setting {name!r} that could be changed")
         chosen[name] = _checked(dataset, name, value, kind)
@@ -263,7 +264,7 @@ def _checked(dataset: str, name: str, value: Any, kind: type[Any]) -> Any:
     if kind is str:
         rows = protocol_rows()
         known = {r["value"] for r in rows if r["dataset"] == dataset and r["parameter"] == name}
-        known |= {"matrix"} if name == "procedure" else set()
+        known |= {"procedure": {"matrix"}, "precision": {*precision.NAMES}}.get(name, set())
         if value not in known:
             raise ValueError(f"no {name} {value!r} for {dataset}; there is {', '.join(known)}")
         return value

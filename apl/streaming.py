@@ -37,8 +37,6 @@ __all__ = ["train"]
 TOP = (1, 5)
 """For which k top-k accuracy is measured."""
 
-precision = precisions.of
-
 
 @repeatable()
 @reworded()

@@ -9,8 +9,8 @@ NVIDIA's multi-process service runs (``nvidia-cuda-mps-control -d``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from threading import Semaphore, Thread
 from typing import TypeVar
 
@@ -82,11 +82,7 @@ def in_turns(
 
         try:
             wait(i)
-            with (
-                torch.cuda.stream(torch.cuda.Stream(device))
-                if device.type == "cuda"
-                else (nullcontext())
-            ):
+            with _own_stream(device):
                 results[i] = jobs[i](on_step)
         except _Stopped:
             return
@@ -110,6 +106,18 @@ def in_turns(
             turn.release()
             thread.join()
     return [results[i] for i in range(len(jobs))]  # type: ignore[misc]
+
+
+@contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """Work on a new stream, which begins when what was sent before is done; on a CPU nothing."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))
+    with torch.cuda.stream(stream):
+        yield
 
 
 def _raise_unless_its_own(result: object) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from apl import processes, streaming, webvision
+from apl import precision, processes, webvision
 from apl.checkpoints import Checkpoint, OutOfTime
 from apl.grid import Cell
 from apl.protocols import SMALL
@@ -116,9 +116,9 @@ def run(
         processes.leave()
         raise
     made = _made(device, threads, checkpoint.elapsed, checkpoint.continued)
+    made |= {"precision": precision.of(protocol.device, protocol.precision)}
     if cell.dataset == "webvision":
-        numbers = streaming.precision(protocol.device)
-        made |= {"processes": team.size, "precision": numbers}
+        made |= {"processes": team.size}
     record = Record(settings, history, made)
     store.write(record)
     checkpoint.remove()
@@ -153,7 +153,8 @@ def side_by_side(next_task: NextTask, conditions: Conditions, tell: Tell) -> Non
     """Run cells in ``conditions.jobs`` processes at once until there is none.
 
     A process that dies takes nothing with it but its task, and the others go on; they end with this
-    process, however it ends.
+    process, however it ends. On a GPU they take turns, unless NVIDIA's multi-process service is
+    running (``nvidia-cuda-mps-control -d``): then the kernels of several run at the same time.
     """
     context = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
     busy: dict[Connection, tuple[BaseProcess, list[Cell]]] = {}
@@ -276,7 +277,10 @@ def _several(cells: list[Cell], store: Store, conditions: Conditions, tell: Tell
         histories, seconds = train(cells, deadline=conditions.deadline, on_epoch=on_epoch)
     except OutOfTime as stopped:
         return [Event(cell, "late", str(stopped)) for cell in cells]
-    made = _made(device_name("cpu"), 1, seconds, []) | {"together": len(cells)}
+    made = _made(device_name("cpu"), 1, seconds, []) | {
+        "precision": "float32",
+        "together": len(cells),
+    }
     events = []
     for cell, history in zip(cells, histories, strict=True):
         if isinstance(history, FloatingPointError):

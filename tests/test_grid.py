@@ -72,6 +72,8 @@ def test_slices():
         ({"changes": {"nesterov": 1}}, "nesterov = 1 is not allowed: it is bool"),
         ({"changes": {"network": "resnet34"}}, "no network 'resnet34' for digits"),
         ({"changes": {"procedure": "magic"}}, "no procedure 'magic' for digits"),
+        ({"changes": {"precision": "half"}}, "no precision 'half' for digits; there is"),
+        ({"changes": {"precision": 16}}, "no precision 16 for digits"),
     ],
 )
 def test_what_is_not_known_is_said(arguments, sentence):
@@ -113,6 +115,22 @@ def test_a_changed_setting_reaches_the_training(tmp_path):
         changed = Cell("digits", "gce", "symmetric", 0.4, epochs=1, changes=(change,))
         histories = [run(cell, Store(tmp_path)).history for cell in (plain, changed)]
         assert histories[0]["train_loss"].iloc[0] != histories[1]["train_loss"].iloc[0]
+
+
+def test_the_precision_is_chosen_and_recorded(tmp_path):
+    plain, named, half = (
+        Cell("digits", "ce", epochs=1, changes=changes)
+        for changes in ((), (("precision", "float32"),), (("precision", "bfloat16"),))
+    )
+    assert "precision" not in plain.settings()
+    assert named.settings() == plain.settings() | {"precision": "float32"}
+    outcome = reproduce([plain, named, half], Store(tmp_path), say=lambda line: None)
+    assert len(outcome.done) == 3
+    records = [Store(tmp_path).read(cell.settings()) for cell in (plain, named, half)]
+    assert [r.made["precision"] for r in records] == ["float32", "float32", "bfloat16"]
+    losses = [r.history["train_loss"].iloc[0] for r in records]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] != pytest.approx(losses[2], rel=1e-6)
 
 
 # --- campaigns ----------------------------------------------------------------------------------
