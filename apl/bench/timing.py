@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from apl.bench._contenders import one_hot, textbook
 from apl.bench._meters import against, race
-from apl.bench.sizes import DTYPES, UNIT, Say, Size, known, lacking, sizes_of, step_of
+from apl.bench.sizes import DTYPES, SOME, UNIT, Say, Size, known, lacking, sizes_of, step_of
 from apl.bench.weighing import memory
 from apl.losses import loss
 
@@ -41,7 +41,8 @@ def losses(
 ) -> pd.DataFrame:
     """Time losses, forward and backward in one call, against others and against the limit.
 
-    For each size all are timed back to back, in the same repetitions, and what is reported are
+    Of logits from 64 MB on, code with one-hot labels is timed for the losses of
+    :data:`apl.bench.sizes.SOME` only. For each size all are timed back to back, in the same repetitions, and what is reported are
     medians over repetitions. A call drops the gradient of the last one, as ``zero_grad`` does, and
     leaves a new one in ``logits.grad``.
 
