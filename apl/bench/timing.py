@@ -42,9 +42,9 @@ def losses(
     """Time losses, forward and backward in one call, against others and against the limit.
 
     Of logits from 64 MB on, code with one-hot labels is timed for the losses of
-    :data:`apl.bench.sizes.SOME` only. For each size all are timed back to back, in the same repetitions, and what is reported are
-    medians over repetitions. A call drops the gradient of the last one, as ``zero_grad`` does, and
-    leaves a new one in ``logits.grad``.
+    :data:`apl.bench.sizes.SOME` only. For each size all are timed back to back, in the same
+    repetitions, and what is reported are medians over repetitions. A call drops the gradient of
+    the last one, as ``zero_grad`` does, and leaves a new one in ``logits.grad``.
 
     Parameters
     ----------
