@@ -24,6 +24,7 @@ from apl.bench.sizes import Say
 from apl.catalog import APL
 from apl.data import Dataset, load
 from apl.losses import loss
+from apl.protocols import Protocol
 from apl.turns import in_turns
 from apl.vision import SETS
 
@@ -235,7 +236,7 @@ def _loop(dataset: Dataset, names: Iterable[str], epochs: int) -> float:
     start = time.perf_counter()
     with training.one_thread():
         for seed, name in enumerate(names):
-            net = models.digits_net(seed)
+            net = Protocol.of("digits").model(seed)
             options: dict[str, Any] = {"epochs": epochs, "seed": seed, "progress": False}
             training.train(net, loss(name), dataset, lr=0.01, **options)
     return (seed + 1) * epochs * len(dataset.given) / (time.perf_counter() - start)
@@ -245,7 +246,7 @@ def _stacked(dataset: Dataset, names: Iterable[str], epochs: int) -> float:
     start = time.perf_counter()
     with training.one_thread():
         runs = [
-            ensemble.Run(models.digits_net(seed), loss(name), dataset, lr=0.01, seed=seed)
+            ensemble.Run(Protocol.of("digits").model(seed), loss(name), dataset, 0.01, seed)
             for seed, name in enumerate(names)
         ]
         ensemble.train(runs, epochs=epochs)
