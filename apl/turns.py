@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Semaphore, Thread
-from typing import TypeVar
+from typing import Any
 
 import torch
 
@@ -21,8 +21,7 @@ from apl.training import repeatable
 
 __all__ = ["in_turns"]
 
-T = TypeVar("T")
-Job = Callable[[Callable[[], None]], T]
+Job = Callable[[Callable[[], None]], Any]
 """A run, which calls what it is given after each of its steps."""
 
 
@@ -31,9 +30,7 @@ class _Stopped(BaseException):
 
 
 @repeatable()
-def in_turns(
-    jobs: Sequence[Job[T]], device: str | torch.device = "cpu"
-) -> list[T | FloatingPointError | OutOfTime]:
+def in_turns(jobs: Sequence[Job], device: str | torch.device = "cpu") -> list[Any]:
     """Do all jobs, a step of each in turn; what each of them returns.
 
     A run that diverges or is out of time has its error in place of the result, and the others go
@@ -67,7 +64,7 @@ def in_turns(
     device = torch.device(device)
     turns = [Semaphore(0) for _ in jobs]
     back = Semaphore(0)
-    results: dict[int, T | Exception] = {}
+    results: dict[int, Any] = {}
     stopped = False
 
     def wait(i: int) -> None:
@@ -105,7 +102,7 @@ def in_turns(
         for turn, thread in zip(turns, threads, strict=True):
             turn.release()
             thread.join()
-    return [results[i] for i in range(len(jobs))]  # type: ignore[misc]
+    return [results[i] for i in range(len(jobs))]
 
 
 @contextmanager
