@@ -12,9 +12,9 @@ at most 1/2, where single precision is enough.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -26,16 +26,18 @@ from sympy.codegen.cfunctions import log1p
 from sympy.printing.pycode import PythonCodePrinter
 from torch import Tensor
 
+from apl import team
 from apl.closed_form import C, ClassSum, ClosedForm, P, u
 from apl.symbolic import K
 
 __all__ = ["compiled", "evaluate", "takes"]
 
-BLOCK = 1 << 20
-"""So many logits, or one row, are one piece of work. A second thread is of no use for fewer: after
-a call of torch, torch's own thread keeps its processor busy for about as long, waiting for more."""
+PIECE = 1 << 14
+"""So many logits, or one row, are one piece of work."""
 MANY = 1 << 20
 """So many logits at once are brought into single precision, or into rows: 4 MiB."""
+DIRECT = (torch.float32, torch.bfloat16)
+"""What the rows read as it is."""
 MOST = 2
 """So many sums of functions that are not a + b u; no loss of the catalog has more than 1."""
 
@@ -102,19 +104,19 @@ def evaluate(
         for a label that is no class, in the words of ``gather``
     """
     values = tuple(float(parameters[s.name]) for s in form.parameters) or (0.0,)
-    weight = torch.as_tensor(weight, dtype=torch.float32)
+    weight = torch.as_tensor(weight, dtype=torch.float32, device="cpu")
     weight = weight.view(1) if weight.ndim == 0 else weight
-    logits = logits.detach()
+    logits, target = logits.detach().resolve_neg(), target.long()
     gradient = torch.empty_like(logits) if with_gradient else None
-    losses = torch.empty(target.shape, dtype=torch.float32)
-    if logits.dtype == torch.float32 and logits.ndim == 2 and logits.is_contiguous():
+    losses = torch.empty(target.shape, dtype=torch.float32, device="cpu")
+    if logits.dtype in DIRECT and logits.ndim == 2 and logits.is_contiguous():
         _rows(form, values, plain, logits, target, weight, gradient, losses)
         return losses, gradient
     step = max(1, MANY * len(logits) // logits.numel())
     for start in range(0, len(logits), step):
         at = slice(start, start + step)
         z = logits[at].movedim(1, -1)
-        own = z.to(torch.float32, memory_format=torch.contiguous_format).reshape(-1, z.shape[-1])
+        own = z.float().reshape(-1, z.shape[-1]).contiguous()
         out = None if gradient is None else torch.empty_like(own)
         w = weight if weight.numel() == 1 else weight[at].reshape(-1)
         y, each = target[at].reshape(-1), losses[at].view(-1)
@@ -134,85 +136,58 @@ def _rows(
     gradient: Tensor | None,
     losses: Tensor,
 ) -> None:
-    """Rows (n, K) in single precision: their losses and their gradient, written in place."""
-    rows, singles = compiled(form), tuple(np.float32(value) for value in values)
+    """Rows (n, K) as they lie in memory: their losses and their gradient, written in place."""
+    from apl import rows
+
     N, classes = logits.shape
-    odd = np.zeros(N, dtype=np.bool_)
-    z, y, each = logits.numpy(), target.contiguous().numpy(), losses.numpy()
-    w, g = weight.contiguous().numpy(), None if gradient is None else gradient.numpy()
-    found = 0
-
-    # What runs in a thread of its own must not call torch: it would get threads of torch's there,
-    # more than there are processors.
-    def part(start: int) -> None:
-        nonlocal found
-        at = slice(start, start + step)
-        out = np.empty((1, classes), np.float32) if g is None else g[at]
-        of = w[at] if len(w) > 1 else w
-        wrong, marked = rows(
-            z[at], y[at], of, out, each[at], odd[at], g is not None, values, singles
+    odd = torch.zeros(N, dtype=torch.bool, device="cpu")
+    target, weight = target.contiguous(), weight.contiguous()
+    own, own_single = _stored(values)
+    size = torch.get_num_threads() * rows.SPARE * classes
+    scratch = torch.empty(size, dtype=torch.float32, device="cpu")
+    call = np.array(  # in the order of apl.rows
+        (
+            *(0, max(1, PIECE // classes), N, classes, weight.numel() > 1, gradient is not None),
+            *(logits.data_ptr(), target.data_ptr(), weight.data_ptr()),
+            *(0 if gradient is None else gradient.data_ptr(), losses.data_ptr(), odd.data_ptr()),
+            *(own.data_ptr(), own_single.data_ptr(), scratch.data_ptr(), 0, 0, 0),
         )
-        if wrong >= 0:
-            label = y[start + wrong]
-            raise RuntimeError(
-                f"index {label} is out of bounds for dimension 1 with size {classes}"
-            )
-        if marked:
-            found += 1
-
-    step = max(1, BLOCK // classes)
-    _share(part, range(0, N, step))
-    if found:
-        _again(plain, logits, target, weight, gradient, losses, torch.from_numpy(odd))
-
-
-def _share(work: Callable[[int], None], places: range) -> None:
-    """Work through the places, with as many threads as torch has and find the time."""
-    waiting = iter(places)
-
-    def some() -> None:
-        for place in waiting:
-            work(place)
-
-    helpers = min(torch.get_num_threads(), len(places)) - 1
-    if helpers < 1:
-        return some()
-    futures = [_pool(helpers).submit(some) for _ in range(helpers)]
-    try:
-        some()
-    finally:  # who has not begun by now is not needed
-        running = [future for future in futures if not future.cancel()]
-        wait(running)
-    for future in running:
-        future.result()
+    )
+    half = logits.dtype == torch.bfloat16
+    team.run(compiled(form, half).address, call.ctypes.data, logits.numel())
+    if call[rows.WRONG]:
+        label = target[(target < 0) | (target >= classes)][0].item()
+        raise RuntimeError(f"index {label} is out of bounds for dimension 1 with size {classes}")
+    if call[rows.COUNT]:
+        _again(plain, logits, target, weight, gradient, losses, odd)
 
 
 def _again(
     plain: Plain, z: Tensor, y: Tensor, w: Tensor, out: Tensor | None, each: Tensor, odd: Tensor
 ) -> None:
     """Those rows by the plain path."""
-    some = z[odd].requires_grad_(out is not None)
+    some = z[odd].float().requires_grad_(out is not None)
     with torch.set_grad_enabled(out is not None):
         values = plain(some, y[odd])
     each[odd] = values.detach()
     if out is not None:
         count = w[odd] if w.numel() > 1 else w.expand_as(values)
-        (out[odd],) = torch.autograd.grad(values, some, count.to(values))
-
-
-@lru_cache(maxsize=8)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="apl")
-
-
-if hasattr(os, "register_at_fork"):  # the threads of a process stay behind when it forks
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+        (again,) = torch.autograd.grad(values, some, count.to(values))
+        out[odd] = again.to(out.dtype)
 
 
 @lru_cache(maxsize=256)
-def compiled(form: ClosedForm) -> Callable[..., tuple[int, int]]:
+def _stored(values: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Parameters in double and single precision."""
+    double = torch.tensor(values, dtype=torch.float64, device="cpu")
+    return double, double.float()
+
+
+@lru_cache(maxsize=256)
+def compiled(form: ClosedForm, half: bool) -> Any:
     """The rows of a loss, see :func:`apl.rows.build`."""
     from apl import rows
+    from apl.single import SINGLE
 
     line, others = _sums(form)
     given = dict(zip(form.sums, form.of_sums, strict=True))
@@ -224,18 +199,30 @@ def compiled(form: ClosedForm) -> Callable[..., tuple[int, int]]:
     at_label = (form.value, form.of_label, *slopes)
     # A tuple that numba can tell the type of, also where there is no parameter.
     own, double = form.parameters or (Dummy(),), {"modules": "math", "cse": True}
-    return rows.build(
-        lambdify([u, P, C, K, *symbols, own], at_label, **double),
-        None if line is None else lambdify([K, own], line.affine, **double),
-        [
-            lambdify(
-                [u, P, C, K, own], (s.value, s.slope), [rows.SINGLE], printer=_Single(), cse=True
-            )
-            for s in others
-        ],
-        [lambdify([u, P, C, K, own], (s.edge_value, s.edge_slope), **double) for s in others],
-        form.delicate,
-    )
+    single = {"modules": [SINGLE], "printer": _Single(), "cse": True}
+    each = [u, P, C, K, own]
+    with _no_collector():
+        return rows.build(
+            lambdify([u, P, C, K, *symbols, own], at_label, **double),
+            None if line is None else lambdify([K, own], line.affine, **double),
+            [lambdify(each, (s.value, s.slope), **single) for s in others],
+            [lambdify(each, (s.edge_value, s.edge_slope), **double) for s in others],
+            form.delicate,
+            len(own),
+            half,
+        )
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Compiling makes many small objects; looking through them for garbage is a fifth of it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Single(PythonCodePrinter):

@@ -1,6 +1,7 @@
 """The rows of a loss on a CPU: a skeleton that numba compiles with the functions of one loss.
 
-Nothing is compiled at import; the first call of a loss compiles it, in about a second.
+Nothing is compiled at import; the first call of a loss compiles it, in about a second. What comes
+out is a function of C, which any thread can run that knows nothing of Python.
 """
 
 from __future__ import annotations
@@ -9,55 +10,52 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import cfunc, njit, types
 
-__all__ = ["SINGLE", "build"]
+from apl.intrinsics import add, bits, pointer, row, tuple_of
+from apl.single import (
+    exp_below,
+    largest,
+    narrow,
+    place_of,
+    single,
+    sum_below,
+    sum_of,
+    widen,
+)
 
-# Arithmetic as it is written, but for fused multiply and add; and sums, which alone may be taken
-# in any order, as whole vectors.
+__all__ = ["COUNT", "SPARE", "WRONG", "build"]
+
+# What a call is told, and tells: integers, some of them addresses.
+(
+    TAKEN,  # rows that a thread has taken so far
+    STEP,  # how many it takes at once
+    ROWS,
+    CLASSES,
+    WEIGHTED,  # whether each row has its own weight
+    SLOPED,  # whether there is a gradient
+    LOGITS,  # (rows, classes), as is the gradient
+    LABELS,
+    WEIGHTS,
+    GRADIENT,
+    LOSSES,
+    MARKED,  # rows that must be computed otherwise, as bytes
+    OWN,  # the parameters in double precision
+    OWN_SINGLE,  # and in single
+    SCRATCH,  # of SPARE rows for each thread
+    THREADS,  # how many have come so far
+    WRONG,  # how many labels are no class
+    COUNT,  # how many rows are marked
+) = range(18)
+
+SPARE = 5
+# Arithmetic as it is written, but for fused multiply and add.
 EXACT = {"contract"}
-ANY_ORDER = {"contract", "reassoc", "nsz"}
-CHUNK = 4096  # terms that are added in single precision before their sum is
-STEP = 64  # so many logits are looked through at once
 
-single = np.float32
-
-
-@intrinsic
-def _from_bits(typing: Any, bits: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.int32), generate
-
-
-@intrinsic
-def _to_bits(typing: Any, number: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.IntType(64))
-
-    return types.int64(types.float64), generate
-
-
-def _either(name: str) -> Any:
-    """The larger or smaller number, also of a whole vector: NaN is looked for elsewhere."""
-
-    def function(typing: Any, a: Any, b: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            kind = ir.FloatType()
-            both = ir.FunctionType(kind, [kind, kind])
-            code = builder.module.declare_intrinsic(name, [kind], both)
-            return builder.call(code, arguments, fastmath=("nnan", "nsz"))
-
-        return types.float32(types.float32, types.float32), generate
-
-    return intrinsic(function)
-
-
-_larger, _smaller = _either("llvm.maxnum"), _either("llvm.minnum")
+_integers, _bytes = pointer(types.int64), pointer(types.uint8)
+_singles, _halves = row(types.float32), row(types.uint16)
+_floats = pointer(types.float32)
+_to_bits = bits(types.float64, types.int64)
 
 
 @njit(inline="always")
@@ -66,76 +64,15 @@ def _is_finite(number):
     return (_to_bits(number) & 0x7FF0000000000000) != 0x7FF0000000000000
 
 
-@njit(inline="always")
-def _reduced(x):
-    """2^n and exp(r) - 1 with x = n log 2 + r; the polynomial is a Chebyshev fit."""
-    x = _smaller(_larger(x, single(-87.0)), single(88.0))
-    n = np.floor(x * single(1.44269504) + single(0.5))
-    r = (x - n * single(0.693359375)) + n * single(2.12194440e-4)
-    q = single(1.9891247e-4)
-    q = q * r + single(1.3933881e-3)
-    q = q * r + single(8.3333105e-3)
-    q = q * r + single(4.1666463e-2)
-    q = q * r + single(1.6666667e-1)
-    q = q * r + single(0.5)
-    power = _from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
-    return power, q * r * r + r
-
-
-@njit(inline="always")
-def _exp(x):
-    power, rest = _reduced(x)
-    return power * rest + power
-
-
-@njit(inline="always")
-def _exp_below(x):
-    """exp(x) for x up to 0: 0 where float32 ends, and NaN of NaN."""
-    e = _exp(x) if x > single(-87.0) else single(0.0)
-    return e if x == x else x
-
-
-@njit(inline="always")
-def _expm1(x):
-    power, rest = _reduced(x)
-    return power * rest + (power - single(1.0))
-
-
-@njit(inline="always")
-def _log1p(x):
-    """log(1 + x) for x from -1/2 to 1: 2 artanh(x / (2 + x)), by its series."""
-    s = x / (single(2.0) + x)
-    s2 = s * s
-    q = single(1 / 17)
-    q = q * s2 + single(1 / 15)
-    q = q * s2 + single(1 / 13)
-    q = q * s2 + single(1 / 11)
-    q = q * s2 + single(1 / 9)
-    q = q * s2 + single(1 / 7)
-    q = q * s2 + single(1 / 5)
-    q = q * s2 + single(1 / 3)
-    return single(2.0) * (s + s * s2 * q)
-
-
-SINGLE: dict[str, Any] = {
-    "single": single,
-    "exp": _exp,
-    "expm1": _expm1,
-    "log1p": _log1p,
-    "log": np.log,
-    "sqrt": np.sqrt,
-    "tanh": np.tanh,
-}
-"""The functions of a class's term, in single precision."""
-
-
 def build(
     label: Callable[..., Any],
     line: Callable[..., Any] | None,
     terms: Sequence[Callable[..., Any]],
     edges: Sequence[Callable[..., Any]],
     delicate: bool,
-) -> Callable[..., tuple[int, int]]:
+    parameters: int,
+    half: bool,
+) -> Any:
     """Compile the rows of a loss.
 
     Parameters
@@ -149,53 +86,74 @@ def build(
         the term of a class in each other sum, at most two, and its slope
     delicate
         whether 1 - p must not be 0
+    parameters
+        how many there are
+    half
+        whether logits and gradient are bfloat16, else float32
 
     Returns
     -------
     callable
-        of logits (n, K), labels (n,), weights (n,) or (1,), the gradient (n, K) or scratch (1, K),
-        losses (n,), and rows (n,) to be marked that must be computed otherwise; whether there is a
-        gradient; the parameters. It returns the place of a label that is no class, or -1, and how
-        many rows are marked.
+        a function of C, of the address of those integers; ``address`` is its own
     """
     has_line, has_a, has_b = line is not None, len(terms) > 0, len(terms) > 1
     of_label, of_line = _inlined(label), _inlined(line or _nothing)
     edge_a, edge_b = (_inlined(edges[i] if i < len(edges) else _nothing) for i in range(2))
+    doubles, singles = tuple_of(types.float64, parameters), tuple_of(types.float32, parameters)
     each_a, each_b = (_each(_inlined(terms[i] if i < len(terms) else _nothing)) for i in range(2))
 
-    @njit(nogil=True, fastmath=EXACT, error_model="numpy")
-    def rows(logits, labels, weights, gradients, losses, marked, with_gradient, own, own_single):
-        n, width = logits.shape
+    @cfunc(types.void(types.CPointer(types.int64)), fastmath=EXACT, error_model="numpy")
+    def rows(call):
+        n, width, sloped = call[ROWS], call[CLASSES], call[SLOPED] != 0
         K = float(width)
-        for i in range(n):
-            if labels[i] < 0 or labels[i] >= width:
-                return i, 0
-        terms = np.empty(width if has_a else 1, np.float32)
-        slopes_a = np.empty(width if has_a else 1, np.float32)
-        slopes_b = np.empty(width if has_b else 1, np.float32)
-        count = 0
-        for i in range(n):
-            z, y = logits[i], labels[i]
-            e = gradients[i if with_gradient else 0]
-            weight = float(weights[min(i, weights.size - 1)])
+        labels, marked = _integers(call[LABELS]), _bytes(call[MARKED])
+        losses, weights = _floats(call[LOSSES]), _floats(call[WEIGHTS])
+        own, own_single = doubles(call[OWN]), singles(call[OWN_SINGLE])
+        thread = SPARE * add(call, THREADS, 1)
+        wide = _singles(call[SCRATCH], thread, width)
+        spare = _singles(call[SCRATCH], thread + 1, width)
+        terms = _singles(call[SCRATCH], thread + 2, width)
+        slopes_a = _singles(call[SCRATCH], thread + 3, width)
+        slopes_b = _singles(call[SCRATCH], thread + 4, width)
+        following = stop = 0
+        while True:
+            if following == stop:
+                following = add(call, TAKEN, call[STEP])
+                if following >= n:
+                    return
+                stop = following + call[STEP]
+                stop = stop if stop < n else n
+            i = following
+            following += 1
+            y = labels[i]
+            if y < 0 or y >= width:
+                add(call, WRONG, 1)
+                continue
+            if half:
+                z, e = wide, spare
+                widen(_halves(call[LOGITS], i, width), z)
+            else:
+                z = _singles(call[LOGITS], i, width)
+                e = _singles(call[GRADIENT], i, width) if sloped else spare
+            weight = float(weights[i if call[WEIGHTED] else 0])
 
             # Exponentials of the classes that are neither on top nor the label, and their sum.
-            top = _largest(z)
+            top = largest(z)
             below_y = float(z[y]) - float(top)
             on_top = below_y == 0.0
-            t = y if on_top else _place(z, top)
+            t = y if on_top else place_of(z, top)
             for j in range(width):
-                e[j] = _exp_below(z[j] - top)
+                e[j] = exp_below(z[j] - top)
             e[y] = e[t] = single(0.0)
-            others = _total(e)
+            others = sum_of(e)
             e_y = 1.0 if on_top else math.exp(below_y)
             r = others if on_top else others + e_y
             logs = 0.0
             if has_line:
-                logs = _total_below(z[:y], top) + _total_below(z[y + 1 :], top)
+                logs = sum_below(z[:y], top) + sum_below(z[y + 1 :], top)
             if not _is_finite(r + logs + top) or (delicate and r < 1e-30):
-                marked[i] = True
-                count += 1
+                marked[i] = 1
+                add(call, COUNT, 1)
                 continue
             total = 1.0 + r
             log_total = math.log1p(r)
@@ -210,14 +168,14 @@ def build(
             if has_a:
                 each_a(z, e, top, log_total, total, own_single, terms, slopes_a)
                 terms[y] = terms[t] = slopes_a[y] = slopes_a[t] = single(0.0)
-                sum_a, rest_a = _total(terms), _total(slopes_a)
+                sum_a, rest_a = sum_of(terms), sum_of(slopes_a)
                 if not on_top:
                     value, top_a = edge_a(-log_total, P_t, C_t, K, own)
                     sum_a += value
             if has_b:
                 each_b(z, e, top, log_total, total, own_single, terms, slopes_b)
                 terms[y] = terms[t] = slopes_b[y] = slopes_b[t] = single(0.0)
-                sum_b, rest_b = _total(terms), _total(slopes_b)
+                sum_b, rest_b = sum_of(terms), sum_of(slopes_b)
                 if not on_top:
                     value, top_b = edge_b(-log_total, P_t, C_t, K, own)
                     sum_b += value
@@ -229,7 +187,7 @@ def build(
                 u_y, P_y, C_y, K, sum_line, sum_a, sum_b, own
             )
             losses[i] = value
-            if not with_gradient:
+            if not sloped:
                 continue
             by_line *= slope_line
             below_top = by_a * rest_a + by_b * rest_b
@@ -251,55 +209,10 @@ def build(
                 e[j] = g
             e[y] = (at_label - e_y * whole) * weight
             e[t] = (at_top * C_t - P_t * below_top) * weight
-        return -1, count
+            if half:
+                narrow(e, _halves(call[GRADIENT], i, width))
 
     return rows
-
-
-@njit(fastmath=ANY_ORDER)
-def _largest(row):
-    largest = row[0]
-    for j in range(len(row)):
-        largest = _larger(largest, row[j])
-    return largest
-
-
-@njit(fastmath=ANY_ORDER)
-def _place(row, number):
-    """Where the number is, looked for in whole vectors; the last place if it is NaN."""
-    last = len(row) - 1
-    for start in range(0, last, STEP):
-        part = row[start : start + STEP]
-        found = 0
-        for j in range(len(part)):
-            found |= part[j] == number
-        if found:
-            for j in range(len(part)):
-                if part[j] == number:
-                    return start + j
-    return last
-
-
-@njit(fastmath=ANY_ORDER)
-def _total(row):
-    total = 0.0
-    for start in range(0, len(row), CHUNK):
-        part, s = row[start : start + CHUNK], single(0.0)
-        for j in range(len(part)):
-            s += part[j]
-        total += s
-    return total
-
-
-@njit(fastmath=ANY_ORDER)
-def _total_below(row, top):
-    total = 0.0
-    for start in range(0, len(row), CHUNK):
-        part, s = row[start : start + CHUNK], single(0.0)
-        for j in range(len(part)):
-            s += part[j] - top
-        total += s
-    return total
 
 
 def _inlined(function: Callable[..., Any]) -> Any:

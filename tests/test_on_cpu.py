@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -14,13 +15,13 @@ from numba import njit
 from sympy import exp, log
 
 import apl
-from apl import on_cpu, rows
+from apl import on_cpu, single, team
 from apl.closed_form import derive
 from apl.symbolic import p_y
 
 LOSSES = ("mae", "fl", "nlnl", "nce", "nfl", "ngce+nce")
 LARGE = (2100, 1100)
-assert LARGE[0] * LARGE[1] > 2 * on_cpu.BLOCK
+assert LARGE[0] * LARGE[1] > team._MANY
 
 
 def data(*shape, seed=0, scale=3.0, dtype=torch.float32):
@@ -62,8 +63,12 @@ def test_many_pieces_give_what_double_precision_gives(name):
     assert_close(closed(loss, logits, target), exact(loss, logits, target))
 
 
-def test_the_numbers_do_not_depend_on_the_threads():
-    loss, (logits, target) = apl.loss("nfl+rce"), data(*LARGE)
+@pytest.mark.parametrize("whose", ["torch's", "own"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_numbers_do_not_depend_on_the_threads(whose, dtype, monkeypatch):
+    if whose == "own":
+        monkeypatch.setattr(team, "_team", lambda: None)
+    loss, (logits, target) = apl.loss("nfl+rce"), data(*LARGE, dtype=dtype)
     before = torch.get_num_threads()
     try:
         found = []
@@ -92,6 +97,40 @@ def test_every_layout_and_type(shape, layout, dtype):
     true_value, true_gradient = exact(loss, logits, target, weight)
     rtol = 1e-2 if dtype == torch.bfloat16 else 2e-5
     assert_close((value, gradient), (true_value, true_gradient), rtol)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's OpenMP is GNU's on Linux alone")
+def test_torch_lends_its_threads():
+    """Else 1024 x 1000 logits take twice as long, and no other test would tell."""
+    assert team._team() is not None
+
+
+def test_rounding_to_half_precision_is_torchs():
+    """Ties go to the even neighbor; also beyond the largest number, and NaN."""
+    numbers = np.arange(-(1 << 31), 1 << 31, 65521).astype(np.int32).view(np.float32)
+    halves = np.concatenate([numbers, np.float32([0, -0.0, np.inf, -np.inf, 3.4e38])])
+    ties = (np.arange(1 << 16, dtype=np.uint32) << 16 | 0x8000).view(np.float32)
+    row = np.concatenate([halves, ties])
+    found = np.empty(len(row), np.uint16)
+    _narrow(row, found)
+    expected = torch.from_numpy(row).bfloat16()
+    torch.testing.assert_close(
+        torch.from_numpy(found.view(np.int16)).view(torch.bfloat16),
+        expected,
+        rtol=0,
+        atol=0,
+        equal_nan=True,
+    )
+    back = np.empty(len(row), np.float32)
+    _widen(found, back)
+    assert np.array_equal(back, expected.float().numpy(), equal_nan=True)
+
+
+def test_a_default_device_is_not_taken_for_the_inputs():
+    logits, target = data(5, 4)
+    expected = apl.loss("nce")(logits, target)
+    with torch.device("meta"):
+        assert torch.equal(apl.loss("nce")(logits, target), expected)
 
 
 @settings(max_examples=60, deadline=None)
@@ -215,6 +254,7 @@ def _in_child(connection, logits, target):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_process_that_forked_has_threads_of_its_own():
+    """In a forked process torch's threads are gone, and its OpenMP waits for them for ever."""
     logits, target = data(*LARGE)
     expected = closed(apl.loss("mae"), logits, target)[0].sum().item()
     context = multiprocessing.get_context("fork")
@@ -230,6 +270,16 @@ def test_a_process_that_forked_has_threads_of_its_own():
 
 
 @njit
+def _narrow(row, halves):
+    single.narrow(row, halves)
+
+
+@njit
+def _widen(halves, row):
+    single.widen(halves, row)
+
+
+@njit
 def _apply(function, x, out):
     for i in range(len(x)):
         out[i] = function(x[i])
@@ -238,11 +288,11 @@ def _apply(function, x, out):
 @pytest.mark.parametrize(
     ("ours", "true", "x"),
     [
-        (rows._exp, np.exp, np.linspace(-87, 80, 100_001)),
-        (rows._expm1, np.expm1, -np.logspace(-30, 1.9, 100_001)),
-        (rows._expm1, np.expm1, np.linspace(0.01, 80, 10_001)),
-        (rows._log1p, np.log1p, -np.logspace(-30, np.log10(0.5), 100_001)),
-        (rows._log1p, np.log1p, np.linspace(0.001, 1, 10_001)),
+        (single._exp, np.exp, np.linspace(-87, 80, 100_001)),
+        (single._expm1, np.expm1, -np.logspace(-30, 1.9, 100_001)),
+        (single._expm1, np.expm1, np.linspace(0.01, 80, 10_001)),
+        (single._log1p, np.log1p, -np.logspace(-30, np.log10(0.5), 100_001)),
+        (single._log1p, np.log1p, np.linspace(0.001, 1, 10_001)),
     ],
 )
 def test_functions_are_exact_to_three_roundings(ours, true, x):

@@ -130,8 +130,9 @@ def peak(call: Callable[[], Any], device: str = "cpu") -> int:
 
     On a GPU what torch allocates; on a CPU what the system gives to the process, whoever asks for
     it, torch, numpy or a compiled kernel. The system counts in pages and roughly: a megabyte is
-    within its error, and more where the process has other things going on. An allocator that keeps freed memory hides what it hands out again, so
-    this is to be called where it does not, see :func:`apl.bench.weighing.memory`.
+    within its error, and more where the process has other things going on. An allocator that keeps
+    freed memory hides what it hands out again, so this is to be called where it does not, see
+    :func:`apl.bench.weighing.memory`.
 
     Raises
     ------

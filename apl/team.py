@@ -1,0 +1,92 @@
+"""Native work on the processors that torch computes with: in torch's own threads if possible.
+
+After a call of torch its threads wait for the next one, and for about a millisecond they wait by
+keeping their processors busy. Threads of one's own would stand in line behind them. So the work
+goes where torch's goes, to the team of its OpenMP (GNU's, in torch for Linux), and elsewhere to
+threads of one's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["run"]
+
+Work = Callable[[int], None]
+
+_NATIVE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_forked = False
+
+
+def run(work: int, data: int, size: int) -> None:
+    """Let as many threads as torch has call a function of C, all with the same pointer.
+
+    Parameters
+    ----------
+    work
+        the address of the function, which knows nothing of Python and returns when nothing is left
+    data
+        the address that it is called with, by each thread once
+    size
+        the numbers it is to work on; for few of them more threads than this one do not pay
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or size < _FEW:
+        _native(work)(data)
+    elif (team := _team()) is not None and not _forked:
+        team(work, data, threads, 0)
+    elif size < _MANY:
+        _native(work)(data)
+    else:
+        _in_pool(_native(work), data, threads - 1)
+
+
+_FEW = 1 << 15
+"""As few numbers as torch does not share either."""
+_MANY = 1 << 21
+"""So many numbers take longer than torch's threads keep their processors busy."""
+
+_native: Callable[[int], Work] = lru_cache(maxsize=256)(_NATIVE)
+
+
+@lru_cache(maxsize=1)
+def _team() -> Any:
+    """The function of GNU's OpenMP that runs one function in all threads of its team, or None."""
+    for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
+        parallel = ctypes.CDLL(str(path)).GOMP_parallel
+        parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        parallel.restype = None
+        return parallel
+    return None
+
+
+def _in_pool(work: Work, data: int, helpers: int) -> None:
+    futures = [_pool(helpers).submit(work, data) for _ in range(helpers)]
+    try:
+        work(data)
+    finally:  # who has not begun by now is not needed
+        wait([future for future in futures if not future.cancel()])
+
+
+@lru_cache(maxsize=8)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="apl")
+
+
+def _after_fork() -> None:
+    """The threads of a process stay behind when it forks, torch's and these."""
+    global _forked
+    _forked = True
+    _pool.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
