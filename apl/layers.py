@@ -1,7 +1,9 @@
-"""Batch normalization and ReLU of many small networks at once on a CPU, compiled by numba.
+"""Layers and steps of many small networks at once on a CPU, compiled by numba.
 
-One pass over a feature's samples, while they are in the cache, where torch makes eight. Arrays are
-(networks, features, samples), float32 or float64, changed in place; nothing is compiled at import.
+Batch normalization and ReLU take one pass over a feature's samples, while they are in the cache,
+where torch takes eight, and a step of SGD one over the parameters. Arrays are (networks, features,
+samples) or (networks, parameters), float32 or float64, changed in place; nothing is compiled at
+import.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-__all__ = ["backward", "forward", "rectify", "scale"]
+__all__ = ["backward", "forward", "rectify", "scale", "squares", "step"]
 
 # Sums in any order, as whole vectors.
 FAST = {"contract", "reassoc", "nsz"}
@@ -82,6 +84,32 @@ def scale(x, weight, bias, running_mean, running_var, eps, relu):
                 row[i] = row[i] * w + b
             if relu:
                 _rectify(row)
+
+
+@njit(nogil=True, fastmath=FAST)
+def squares(slope, out):
+    """Add the sum of each network's squares to ``out`` (networks,)."""
+    for m in range(slope.shape[0]):
+        row, total = slope[m], slope.dtype.type(0)
+        for i in range(len(row)):
+            total += row[i] * row[i]
+        out[m] += total
+
+
+@njit(nogil=True)
+def step(p, slope, velocity, scale, lr, momentum, weight_decay, nesterov):
+    """SGD as torch has it, the gradient times ``scale`` (networks,) before."""
+    number = p.dtype.type
+    momentum, decay = number(momentum), number(weight_decay)
+    ahead = momentum if nesterov else number(0)
+    for m in range(p.shape[0]):
+        weights, slopes, own = p[m], slope[m], velocity[m]
+        factor, rate = scale[m], lr[m]
+        for i in range(len(weights)):
+            g = slopes[i] * factor + decay * weights[i]
+            own[i] = g + momentum * own[i]
+            direction = g + ahead * own[i] if nesterov else own[i]
+            weights[i] -= rate * direction
 
 
 @njit(nogil=True)

@@ -65,19 +65,15 @@ class Stack:
         self, lr: Tensor, momentum: float, nesterov: bool, weight_decay: float, clip: float
     ) -> None:
         """A step of SGD of each network with its own ``lr`` (networks,), its gradient clipped."""
-        slopes = [slope for layer in self.layers for slope in layer.slopes]
-        norms = torch.stack([torch.linalg.vector_norm(s.flatten(1), dim=1) for s in slopes])
-        norm = torch.linalg.vector_norm(norms, dim=0)
-        scale = (clip / (norm + 1e-6)).clamp_(max=1.0)[:, None, None]  # as clip_grad_norm_
-        rates = lr.to(scale)[:, None, None]
-        parameters = self._parameters()
-        for p, slope, velocity in zip(parameters, slopes, self._velocities, strict=True):
-            slope.mul_(scale)
-            if weight_decay:
-                slope.add_(p, alpha=weight_decay)
-            torch.add(slope, velocity, alpha=momentum, out=velocity)
-            direction = slope.add_(velocity, alpha=momentum) if nesterov else velocity
-            p.sub_(torch.mul(direction, rates, out=slope))
+        layers, slopes = compiled(), [_flat(s) for layer in self.layers for s in layer.slopes]
+        squares = torch.zeros_like(lr, dtype=torch.float64)
+        for slope in slopes:
+            layers.squares(slope, squares.numpy())
+        scale = (clip / (squares.sqrt() + 1e-6)).clamp_(max=1.0)  # as clip_grad_norm_
+        rates = [each.to(self._velocities[0].dtype).numpy() for each in (scale, lr)]
+        rest = *rates, momentum, weight_decay, nesterov
+        for p, slope, velocity in zip(self._parameters(), slopes, self._velocities, strict=True):
+            layers.step(_flat(p), slope, _flat(velocity), *rest)
 
     def write_back(self) -> None:
         """Give the networks their weights."""
@@ -86,6 +82,10 @@ class Stack:
 
     def _parameters(self) -> list[Tensor]:
         return [getattr(layer, name) for layer in self.layers for name in layer.parameters]
+
+
+def _flat(stacked: Tensor) -> Any:
+    return stacked.view(len(stacked), -1).numpy()
 
 
 class _Layer:
