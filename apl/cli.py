@@ -77,7 +77,7 @@ either side; "shorter" where we trained for fewer epochs than the paper.
 examples:
   apl bench                                        some losses: time and memory, in 2 to 3 minutes
   apl bench --loss nce+rce gce --size 1024x1000 128x10
-  apl bench losses --loss all --compile --out bench.json
+  apl bench losses --loss all --compile nce mae --out bench.json
   apl bench growth first-call --loss nce --out bench.json
   apl bench grid                                   training, beside the usual loop
 
@@ -262,9 +262,10 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--compile",
-        action="store_true",
-        help="also time the textbook formula under torch.compile, which needs a C++ compiler and "
-        "seconds to a minute for each loss and size",
+        nargs="*",
+        metavar="LOSS",
+        help="of these losses (default: all that are timed) also time the textbook formula under "
+        "torch.compile, which needs a C++ compiler and seconds to a minute for each loss and size",
     )
     grid = parser.add_argument_group("grid")
     grid.add_argument(

@@ -171,6 +171,8 @@ def bench(options: Namespace) -> int:
         for dtype in options.dtype or ["float32"]
     ]
     known_names(names)
+    compiled = () if options.compile is None else tuple(options.compile or names or benches.SOME)
+    known_names(compiled)
     if options.out and Path(options.out).exists():
         benches.read(options.out)  # a file that is something else is said before anything is done
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -179,7 +181,7 @@ def bench(options: Namespace) -> int:
     training = {"images": options.images, "epochs": options.epochs, "runs": options.runs}
     training |= {"workers": options.workers, "repeats": options.repeats or 3}
     given: dict[str, dict[str, Any]] = {
-        "losses": {"names": names, "sizes": sizes or None, "compiled": options.compile, **pace},
+        "losses": {"names": names, "sizes": sizes or None, "compiled": compiled, **pace},
         "memory": {"names": names, "sizes": sizes or None},
         "first-call": {"names": names},
         "growth": {"names": names, **pace},

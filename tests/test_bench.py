@@ -181,7 +181,7 @@ def test_a_formula_that_cannot_be_compiled_says_why(monkeypatch):
         return call
 
     monkeypatch.setattr(torch, "compile", compiled)
-    table = bench.losses(["nce"], [bench.Size(8, 3)], compiled=True, repeats=3)
+    table = bench.losses(["nce"], [bench.Size(8, 3)], compiled=["nce"], repeats=3)
     (note,) = table.loc[table["contender"] == "compiled", "note"]
     assert note == "not run: no C++ compiler is there"
     assert note in bench.table("losses", bench.Part(table, {}))

@@ -34,7 +34,7 @@ def losses(
     sizes: Iterable[Size] | None = None,
     *,
     device: str = "cpu",
-    compiled: bool = False,
+    compiled: Iterable[str] = (),
     repeats: int | None = None,
     seconds: float = 10.0,
     say: Say = lambda line: None,
@@ -53,8 +53,8 @@ def losses(
     sizes
         by default :func:`apl.bench.sizes.sizes_of` the device
     compiled
-        whether also to compile the textbook formula with ``torch.compile``, which takes seconds
-        to a minute for each loss and size
+        of which of them also the textbook formula is compiled by ``torch.compile``, which takes
+        seconds to a minute for each loss and size
     repeats, seconds
         how many repetitions, or about how long all of them may take for a size
 
@@ -77,7 +77,7 @@ def losses(
     >>> table["contender"].tolist()
     ['F.cross_entropy', 'copy', 'apl', 'one-hot', 'compiled']
     """
-    names = known(names)
+    names, compiled = known(names), known(compiled)
     tables = []
     for size in sizes_of(device) if sizes is None else sizes:
         say(f"{size}, {len(names)} losses{', compiling' if compiled else ''}")
@@ -90,7 +90,7 @@ def _timed(
     names: Sequence[str],
     size: Size,
     device: str,
-    compiled: bool,
+    compiled: Sequence[str],
     repeats: int | None,
     seconds: float,
 ) -> list[dict[str, Any]]:
@@ -110,7 +110,7 @@ def _timed(
         calls[name, "apl"] = step_of(loss(name), logits, target)
         if size.bytes < _LARGE or name in SOME:  # of large logits it takes seconds a call
             calls[name, "one-hot"] = step_of(one_hot(name), logits, target)
-        if compiled:
+        if name in compiled:
             made = torch.compile(textbook(name), dynamic=False)
             calls[name, "compiled"] = step_of(made, logits, target)
     times, failed = race(
