@@ -137,6 +137,7 @@ def _rows(
     losses: Tensor,
 ) -> None:
     """Rows (n, K) as they lie in memory: their losses and their gradient, written in place."""
+    work = compiled(form, logits.dtype == torch.bfloat16)
     from apl import rows
 
     N, classes = logits.shape
@@ -151,10 +152,10 @@ def _rows(
             *(logits.data_ptr(), target.data_ptr(), weight.data_ptr()),
             *(0 if gradient is None else gradient.data_ptr(), losses.data_ptr(), odd.data_ptr()),
             *(own.data_ptr(), own_single.data_ptr(), scratch.data_ptr(), 0, 0, 0),
-        )
+        ),
+        np.int64,
     )
-    half = logits.dtype == torch.bfloat16
-    team.run(compiled(form, half).address, call.ctypes.data, logits.numel())
+    team.run(work.address, call.ctypes.data, logits.numel())
     if call[rows.WRONG]:
         label = target[(target < 0) | (target >= classes)][0].item()
         raise RuntimeError(f"index {label} is out of bounds for dimension 1 with size {classes}")
@@ -183,7 +184,20 @@ def _stored(values: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     return double, double.float()
 
 
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Compiling makes many small objects; looking through them for garbage is a fifth of it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 @lru_cache(maxsize=256)
+@_no_collector()
 def compiled(form: ClosedForm, half: bool) -> Any:
     """The rows of a loss, see :func:`apl.rows.build`."""
     from apl import rows
@@ -201,28 +215,15 @@ def compiled(form: ClosedForm, half: bool) -> Any:
     own, double = form.parameters or (Dummy(),), {"modules": "math", "cse": True}
     single = {"modules": [SINGLE], "printer": _Single(), "cse": True}
     each = [u, P, C, K, own]
-    with _no_collector():
-        return rows.build(
-            lambdify([u, P, C, K, *symbols, own], at_label, **double),
-            None if line is None else lambdify([K, own], line.affine, **double),
-            [lambdify(each, (s.value, s.slope), **single) for s in others],
-            [lambdify(each, (s.edge_value, s.edge_slope), **double) for s in others],
-            form.delicate,
-            len(own),
-            half,
-        )
-
-
-@contextmanager
-def _no_collector() -> Iterator[None]:
-    """Compiling makes many small objects; looking through them for garbage is a fifth of it."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    return rows.build(
+        lambdify([u, P, C, K, *symbols, own], at_label, **double),
+        None if line is None else lambdify([K, own], line.affine, **double),
+        [lambdify(each, (s.value, s.slope), **single) for s in others],
+        [lambdify(each, (s.edge_value, s.edge_slope), **double) for s in others],
+        form.delicate,
+        len(own),
+        half,
+    )
 
 
 class _Single(PythonCodePrinter):
