@@ -162,7 +162,7 @@ def test_a_size_that_does_not_fit_is_not_run():
 
 def test_losses_has_a_row_for_each_contender():
     table = bench.losses(["ce", "nce+mae"], [bench.Size(16, 4), bench.Size(8, 3)], repeats=3)
-    assert len(table) == 2 * (2 + 2 * 3)
+    assert len(table) == 2 * (3 + 2 * 4)
     timed = table[table["contender"] != "compiled"]
     numbers = timed[["seconds", "ratio", "low", "high"]]
     assert (numbers > 0).all(axis=None) and np.isfinite(numbers).all(axis=None)
@@ -194,7 +194,9 @@ def test_growth_has_every_curve_and_dtype():
         "N": [16],
         "K": [10],
     }
-    assert set(part.table["contender"]) == {"F.cross_entropy", "copy", "apl", "one-hot"}
+    assert set(part.table["contender"]) == {
+        *("F.cross_entropy", "copy", "clone", "apl", "one-hot", "textbook")
+    }
     text = bench.table("growth", part)
     assert "by N (K 1000, dtype float32), microseconds a call" in text
     with pytest.raises(ValueError, match="no size has at most 3 logits"):
@@ -278,9 +280,11 @@ def test_a_gpu_is_measured_too():
 # --- the record ---------------------------------------------------------------------------------
 
 
-def test_a_record_is_read_as_it_was_written(tmp_path):
+def test_a_record_is_read_as_it_was_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_TEST", "1")
     part = bench.measure("losses", names=["nce"], sizes=[bench.Size(8, 3)], repeats=3)
     assert {"torch", "commit", "device", "threads", "load", "seconds"} <= set(part.made)
+    assert part.made["settings"]["OMP_TEST"] == "1"
     path = tmp_path / "deep" / "bench.json"
     bench.Bench({"losses": part}).write(path)
     found = bench.read(path).parts["losses"]
@@ -324,7 +328,7 @@ def test_the_command_prints_ratios_beside_the_limit_and_keeps_them(capsys):
     out, err = capsys.readouterr()
     assert "16 x 4 float32: time over that of F.cross_entropy" in out
     head = next(text for text in out.splitlines() if text.startswith("   loss"))
-    assert head.split() == ["loss", "apl", "one-hot", "limit"]
+    assert head.split() == ["loss", "apl", "one-hot", "textbook", "limit"]
     assert "16 x 4 float32, 2 losses" in err
     assert bench.read("bench.json").parts["losses"].table["loss"].unique().tolist() == [
         "",

@@ -10,7 +10,7 @@ import pandas as pd
 
 __all__ = ["LAYOUTS"]
 
-_UNIT, _COPY = "F.cross_entropy", "copy"
+_UNIT, _COPY, _CLONE = "F.cross_entropy", "copy", "clone"
 
 
 def _seconds(value: float) -> str:
@@ -29,19 +29,19 @@ def _losses(table: pd.DataFrame) -> str:
     blocks = []
     for (N, K, dtype), rows in table.groupby(["N", "K", "dtype"], sort=False):
         kinds = {kind: group.set_index("loss") for kind, group in rows.groupby("contender")}
-        unit, limit = (kinds[kind].loc[""] for kind in (_UNIT, _COPY))
+        unit, limit, clone = (kinds[kind].loc[""] for kind in (_UNIT, _COPY, _CLONE))
         head = f"{N} x {K} {dtype}"
         if not unit["repeats"]:
             blocks.append(f"{head}: {unit['note']}")
             continue
         blocks.append(
             f"{head}: time over that of {_UNIT}, which takes {_seconds(unit['seconds'])}; "
-            f"{unit['repeats']} repetitions"
+            f"{unit['repeats']} repetitions; a copy into new memory {clone['ratio']:.3g}"
         )
         names = [name for name in rows["loss"].unique() if name]
         shown = pd.DataFrame({"loss": names})
         notes = {}
-        for kind in ("apl", "one-hot", "compiled"):
+        for kind in ("apl", "one-hot", "textbook", "compiled"):
             own = kinds[kind].loc[names]
             if not own["repeats"].any():  # a column of nothing becomes a line
                 notes[kind] = own["note"].iloc[0]
@@ -52,8 +52,9 @@ def _losses(table: pd.DataFrame) -> str:
         blocks += [f"{kind}: {note}" for kind, note in notes.items()]
         blocks.append("")
     lines = (
-        "apl: this package; one-hot: as the official code is written; compiled: torch.compile of",
-        "the textbook formula; limit: a copy of the logits. In brackets the quartiles.",
+        "apl: this package; one-hot: as the official code is written; textbook: the formula with",
+        "log_softmax and gather; compiled: torch.compile of it; limit: a copy of the logits, into",
+        "memory that is there. In brackets the quartiles.",
     )
     return "\n".join([*blocks, *lines])
 

@@ -207,7 +207,7 @@ def measure(
     try:
         made: dict[str, Any] = versions() | {"commit": commit(), "device": device_name(device)}
         made |= {"cpu": device_name("cpu"), "processors": os.cpu_count()}
-        made |= {"threads": torch.get_num_threads(), "load": _load()}
+        made |= {"threads": torch.get_num_threads(), "load": _load(), "settings": _settings()}
         start = time.perf_counter()
         found = _MEASURES[part](device=device, say=say, **options)
         made["seconds"] = round(time.perf_counter() - start, 1)
@@ -236,6 +236,12 @@ def table(part: str, measured: Part) -> str:
     if part not in _MEASURES:
         raise ValueError(f"there is no part {part!r} to measure; there is {', '.join(PARTS)}")
     return _layout.LAYOUTS[part](measured.table)
+
+
+def _settings() -> dict[str, str]:
+    """What the environment tells the allocator and the threads."""
+    kinds = ("MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_")
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(kinds)}
 
 
 def _load() -> float | None:

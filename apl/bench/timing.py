@@ -3,7 +3,8 @@
 The unit is ``F.cross_entropy`` in the same conditions. The limit is a copy of the logits: a loss
 must read them once and write their gradient once, as many bytes as a copy reads and writes, so the
 time of ``copy_`` is those bytes over the bandwidth that the machine shows for them. It copies to
-memory that is there already, where every call of a loss is given new memory for the gradient.
+memory that is there already, where every call of a loss is given new memory for the gradient; so
+``clone``, a copy into new memory, is timed too.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from apl.losses import loss
 
 __all__ = ["growth", "losses"]
 
-COPY = "copy"
-_CONTENDERS = ("apl", "one-hot", "compiled")
+COPY, CLONE = "copy", "clone"
+_CONTENDERS = ("apl", "one-hot", "textbook", "compiled")
 _LARGE = 2**26  # bytes of logits from which a GPU's caches do not hold them
 
 
@@ -41,10 +42,10 @@ def losses(
 ) -> pd.DataFrame:
     """Time losses, forward and backward in one call, against others and against the limit.
 
-    Of logits from 64 MB on, code with one-hot labels is timed for the losses of
-    :data:`apl.bench.sizes.SOME` only. For each size all are timed back to back, in the same
-    repetitions, and what is reported are medians over repetitions. A call drops the gradient of
-    the last one, as ``zero_grad`` does, and leaves a new one in ``logits.grad``.
+    Of logits from 64 MB on, code with one-hot labels and the textbook formula are timed for the
+    losses of :data:`apl.bench.sizes.SOME` only. For each size all are timed in turn, over and
+    over, and what is reported are medians over these rounds. A call drops the gradient of the last
+    one, as ``zero_grad`` does, and leaves a new one in ``logits.grad``.
 
     Parameters
     ----------
@@ -53,7 +54,7 @@ def losses(
     sizes
         by default :func:`apl.bench.sizes.sizes_of` the device
     compiled
-        of which of them also the textbook formula is compiled by ``torch.compile``, which takes
+        of which of them the textbook formula is also compiled by ``torch.compile``, which takes
         seconds to a minute for each loss and size
     repeats, seconds
         how many repetitions, or about how long all of them may take for a size
@@ -61,8 +62,9 @@ def losses(
     Returns
     -------
     pandas.DataFrame
-        one row a loss, size and contender: ``apl``, ``one-hot``, ``compiled``, and for all losses
-        (``loss`` is then "") ``F.cross_entropy`` and ``copy``, the limit. ``seconds`` a call;
+        one row a loss, size and contender: ``apl``, ``one-hot``, ``textbook`` (log-softmax, label,
+        sum), ``compiled``, and for all losses (``loss`` is then "") ``F.cross_entropy``, ``copy``,
+        the limit, and ``clone``, the same into new memory. ``seconds`` a call;
         ``ratio``, its time over that of F.cross_entropy, and its quartiles ``low`` and ``high``;
         ``repeats``; ``note``, why there are no numbers
 
@@ -75,7 +77,7 @@ def losses(
     --------
     >>> table = losses(["nce"], [Size(8, 4)], repeats=3)
     >>> table["contender"].tolist()
-    ['F.cross_entropy', 'copy', 'apl', 'one-hot', 'compiled']
+    ['F.cross_entropy', 'copy', 'clone', 'apl', 'one-hot', 'textbook', 'compiled']
     """
     names, compiled = known(names), known(compiled)
     tables = []
@@ -94,7 +96,7 @@ def _timed(
     repeats: int | None,
     seconds: float,
 ) -> list[dict[str, Any]]:
-    keys = [("", UNIT), ("", COPY), *product(names, _CONTENDERS)]
+    keys = [("", UNIT), ("", COPY), ("", CLONE), *product(names, _CONTENDERS)]
     where = {"N": size.N, "K": size.K, "dtype": size.dtype}
     if why := lacking(size, device):
         return [_row(key, where, note=why) for key in keys]
@@ -105,11 +107,13 @@ def _timed(
     calls: dict[tuple[str, str], Callable[[], Any]] = {
         ("", UNIT): step_of(F.cross_entropy, logits, target),
         ("", COPY): lambda: other.copy_(source),
+        ("", CLONE): source.clone,
     }
     for name in names:
         calls[name, "apl"] = step_of(loss(name), logits, target)
         if size.bytes < _LARGE or name in SOME:  # of large logits it takes seconds a call
             calls[name, "one-hot"] = step_of(one_hot(name), logits, target)
+            calls[name, "textbook"] = step_of(textbook(name), logits, target)
         if name in compiled:
             made = torch.compile(textbook(name), dynamic=False)
             calls[name, "compiled"] = step_of(made, logits, target)
