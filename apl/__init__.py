@@ -9,6 +9,7 @@ NCE + 2 * MAE
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from apl.protocols import protocol
 
 __version__ = "0.1.0"
+_process = os.getpid()  # a process that forked from this one has another number
 __all__ = [
     "CE",
     "FL",

@@ -54,6 +54,7 @@ def applies(logits: Tensor, target: Tensor) -> bool:
         and (logits.is_cpu or on_gpu.available(logits.device))
         and logits.numel() > 0
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()  # modes that record or imitate calls of torch
         and torch.autograd.forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
     )

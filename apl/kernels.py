@@ -79,7 +79,7 @@ class Kernel:
             reduced.append(_share(each.gather(-1, index), others) if share else others)
         w_y = row.w_of(index, u_y) if _w in self.outer.reads else u_y
         result = self.outer(lambda: u_y, lambda: w_y, [*values, logits.shape[-1], *reduced])
-        return torch.as_tensor(result).to(u_y).expand(u_y.shape).squeeze(-1)
+        return torch.as_tensor(result, device=u_y.device).to(u_y).expand(u_y.shape).squeeze(-1)
 
 
 class LogProbabilities:

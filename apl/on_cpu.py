@@ -105,7 +105,7 @@ def evaluate(
     """
     values = tuple(float(parameters[s.name]) for s in form.parameters) or (0.0,)
     weight = torch.as_tensor(weight, dtype=torch.float32, device="cpu")
-    weight = weight.view(1) if weight.ndim == 0 else weight
+    weight = weight.view(1) if weight.numel() == 1 else weight
     logits, target = logits.detach().resolve_neg(), target.long()
     gradient = torch.empty_like(logits) if with_gradient else None
     losses = torch.empty(target.shape, dtype=torch.float32, device="cpu")
@@ -141,24 +141,35 @@ def _rows(
     from apl import rows
 
     N, classes = logits.shape
-    odd = torch.zeros(N, dtype=torch.bool, device="cpu")
     target, weight = target.contiguous(), weight.contiguous()
-    own, own_single = _stored(values)
-    size = torch.get_num_threads() * rows.SPARE * classes
+    if not (len(target) == len(losses) == N and weight.numel() in (1, N)):
+        raise RuntimeError(
+            f"{N} rows of logits do not go with {len(target)} labels and {weight.numel()} weights"
+        )
+    threads = torch.get_num_threads()
+    odd = torch.zeros(N, dtype=torch.bool, device="cpu")
+    size = threads * rows.SPARE * classes
     scratch = torch.empty(size, dtype=torch.float32, device="cpu")
+    tensors = logits, target, weight, losses if gradient is None else gradient, losses, odd, scratch
+    places = [tensor.data_ptr() for tensor in tensors]
+    if 0 in places:  # tensors that have no memory: fake ones, or zeros that are not stored
+        raise RuntimeError("a loss in closed form needs logits, labels and weights in memory")
+    stored = _stored(values)
     call = np.array(  # in the order of apl.rows
         (
             *(0, max(1, PIECE // classes), N, classes, weight.numel() > 1, gradient is not None),
-            *(logits.data_ptr(), target.data_ptr(), weight.data_ptr()),
-            *(0 if gradient is None else gradient.data_ptr(), losses.data_ptr(), odd.data_ptr()),
-            *(own.data_ptr(), own_single.data_ptr(), scratch.data_ptr(), 0, 0, 0),
+            *(*places[:-1], *(each.ctypes.data for each in stored), places[-1], 0, 0, 0, 0),
         ),
         np.int64,
     )
-    team.run(work.address, call.ctypes.data, logits.numel())
+    team.run(work.address, call.ctypes.data, logits.numel(), threads)
+    # What is at those addresses had to stay until here.
+    del tensors, stored
     if call[rows.WRONG]:
         label = target[(target < 0) | (target >= classes)][0].item()
         raise RuntimeError(f"index {label} is out of bounds for dimension 1 with size {classes}")
+    if call[rows.DONE] != N:
+        raise RuntimeError(f"of {N} rows of a loss {call[rows.DONE]} were computed")
     if call[rows.COUNT]:
         _again(plain, logits, target, weight, gradient, losses, odd)
 
@@ -178,10 +189,9 @@ def _again(
 
 
 @lru_cache(maxsize=256)
-def _stored(values: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+def _stored(values: tuple[float, ...]) -> tuple[np.ndarray[Any, Any], ...]:
     """Parameters in double and single precision."""
-    double = torch.tensor(values, dtype=torch.float64, device="cpu")
-    return double, double.float()
+    return np.array(values, np.float64), np.array(values, np.float32)
 
 
 @contextmanager
@@ -212,7 +222,8 @@ def compiled(form: ClosedForm, half: bool) -> Any:
     slopes += [Integer(0)] * missing
     at_label = (form.value, form.of_label, *slopes)
     # A tuple that numba can tell the type of, also where there is no parameter.
-    own, double = form.parameters or (Dummy(),), {"modules": "math", "cse": True}
+    own = form.parameters or (Dummy(),)
+    double = {"modules": "math", "printer": _Double(), "cse": True}
     single = {"modules": [SINGLE], "printer": _Single(), "cse": True}
     each = [u, P, C, K, own]
     return rows.build(
@@ -224,6 +235,19 @@ def compiled(form: ClosedForm, half: bool) -> Any:
         len(own),
         half,
     )
+
+
+class _Double(PythonCodePrinter):
+    """Python that numba divides in as C does; a negative power of 0 would end its thread."""
+
+    def __init__(self) -> None:
+        super().__init__({"fully_qualified_modules": False})
+
+    def _print_Pow(self, power: Expr, rational: bool = False) -> str:
+        base, exponent = power.as_base_exp()
+        if exponent.could_extract_minus_sign():
+            return f"(1.0/({self._print(base**-exponent)}))"
+        return str(super()._print_Pow(power, rational))
 
 
 class _Single(PythonCodePrinter):

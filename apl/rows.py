@@ -24,7 +24,7 @@ from apl.single import (
     widen,
 )
 
-__all__ = ["COUNT", "SPARE", "WRONG", "build"]
+__all__ = ["COUNT", "DONE", "SPARE", "WRONG", "build"]
 
 # What a call is told, and tells: integers, some of them addresses.
 (
@@ -44,9 +44,10 @@ __all__ = ["COUNT", "SPARE", "WRONG", "build"]
     OWN_SINGLE,  # and in single
     SCRATCH,  # of SPARE rows for each thread
     THREADS,  # how many have come so far
+    DONE,  # how many rows threads have come through
     WRONG,  # how many labels are no class
     COUNT,  # how many rows are marked
-) = range(18)
+) = range(19)
 
 SPARE = 5
 # Arithmetic as it is written, but for fused multiply and add.
@@ -115,10 +116,11 @@ def build(
         terms = _singles(call[SCRATCH], thread + 2, width)
         slopes_a = _singles(call[SCRATCH], thread + 3, width)
         slopes_b = _singles(call[SCRATCH], thread + 4, width)
-        following = stop = 0
+        first = following = stop = 0
         while True:
             if following == stop:
-                following = add(call, TAKEN, call[STEP])
+                add(call, DONE, stop - first)
+                first = following = add(call, TAKEN, call[STEP])
                 if following >= n:
                     return
                 stop = following + call[STEP]

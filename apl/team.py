@@ -11,23 +11,29 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import apl
+
 __all__ = ["run"]
 
 Work = Callable[[int], None]
 
-_NATIVE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_forked = False
+_FEW = 1 << 15
+"""As few numbers as torch does not share either."""
+_MANY = 1 << 21
+"""So many numbers take longer than torch's threads keep their processors busy."""
+
+_native: Callable[[int], Work] = lru_cache(maxsize=256)(ctypes.CFUNCTYPE(None, ctypes.c_void_p))
 
 
-def run(work: int, data: int, size: int) -> None:
-    """Let as many threads as torch has call a function of C, all with the same pointer.
+def run(work: int, data: int, size: int, threads: int) -> None:
+    """Let threads call a function of C, all with the same pointer; return when all have.
 
     Parameters
     ----------
@@ -37,11 +43,12 @@ def run(work: int, data: int, size: int) -> None:
         the address that it is called with, by each thread once
     size
         the numbers it is to work on; for few of them more threads than this one do not pay
+    threads
+        how many there may be, this one included: as many as torch has
     """
-    threads = torch.get_num_threads()
     if threads == 1 or size < _FEW:
         _native(work)(data)
-    elif (team := _team()) is not None and not _forked:
+    elif (team := _team()) is not None and os.getpid() == apl._process:
         team(work, data, threads, 0)
     elif size < _MANY:
         _native(work)(data)
@@ -49,17 +56,12 @@ def run(work: int, data: int, size: int) -> None:
         _in_pool(_native(work), data, threads - 1)
 
 
-_FEW = 1 << 15
-"""As few numbers as torch does not share either."""
-_MANY = 1 << 21
-"""So many numbers take longer than torch's threads keep their processors busy."""
-
-_native: Callable[[int], Work] = lru_cache(maxsize=256)(_NATIVE)
-
-
 @lru_cache(maxsize=1)
 def _team() -> Any:
-    """The function of GNU's OpenMP that runs one function in all threads of its team, or None."""
+    """The function of GNU's OpenMP that runs one function in all threads of its team, or None.
+
+    In a process that forked they are gone, and it waits for them for ever.
+    """
     for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
         parallel = ctypes.CDLL(str(path)).GOMP_parallel
         parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
@@ -69,24 +71,19 @@ def _team() -> Any:
 
 
 def _in_pool(work: Work, data: int, helpers: int) -> None:
-    futures = [_pool(helpers).submit(work, data) for _ in range(helpers)]
+    futures: list[Future[None]] = []
     try:
+        try:
+            pool = _pool(helpers, os.getpid())
+            futures += [pool.submit(work, data) for _ in range(helpers)]
+        except RuntimeError:  # the interpreter ends, and starts no more threads
+            pass
         work(data)
     finally:  # who has not begun by now is not needed
         wait([future for future in futures if not future.cancel()])
 
 
 @lru_cache(maxsize=8)
-def _pool(threads: int) -> ThreadPoolExecutor:
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads of this process: they stay behind when it forks."""
     return ThreadPoolExecutor(threads, thread_name_prefix="apl")
-
-
-def _after_fork() -> None:
-    """The threads of a process stay behind when it forks, torch's and these."""
-    global _forked
-    _forked = True
-    _pool.cache_clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

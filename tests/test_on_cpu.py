@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -13,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 from sympy import exp, log
+from torch._dynamo import compiled_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import apl
 from apl import on_cpu, single, team
@@ -133,6 +136,37 @@ def test_a_default_device_is_not_taken_for_the_inputs():
         assert torch.equal(apl.loss("nce")(logits, target), expected)
 
 
+def test_what_has_no_memory_is_refused_or_computed_otherwise():
+    logits, target = data(5, 4)
+    zeros = torch._efficientzerotensor((5, 4))
+    with pytest.raises(RuntimeError, match="logits, labels and weights in memory"):
+        closed(apl.loss("nce"), zeros, target)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert apl.loss("nce")(logits, target).shape == ()
+
+
+def test_sizes_that_do_not_go_together_are_refused():
+    logits, target = data(5, 4)
+    for labels, weight in ((target[:3], 1.0), (target, torch.ones(3))):
+        with pytest.raises(RuntimeError, match="5 rows of logits do not go with"):
+            closed(apl.loss("nce"), logits, labels, weight)
+
+
+@pytest.mark.filterwarnings("ignore")  # of dynamo, about what it cannot trace
+def test_a_backward_inside_compiled_code():
+    """Dynamo drops what no name is left for; the rows know only its address."""
+    logits, target = data(200, 1000, dtype=torch.float16)
+    z, x = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    loss = apl.loss("nfl+rce", ignore_index=0)
+    for _ in range(5):
+        z.grad = None
+        value = loss(z * 1, target)
+        with compiled_autograd._enable(torch.compile(backend="eager")):
+            value.backward()
+    loss(x, target).backward()
+    torch.testing.assert_close(z.grad.double(), x.grad, rtol=2e-2, atol=1e-6)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     N=st.integers(1, 40),
@@ -164,6 +198,36 @@ def test_a_row_that_is_not_finite_stays_alone(name):
     assert gradient.isnan().any(1).tolist() == wrong.tolist()
     kept = ~wrong
     assert_close((value[kept], gradient[kept]), exact(loss, logits[kept], target[kept]))
+
+
+def test_a_row_that_divides_by_zero_stays_alone():
+    """Else it would end its thread, and the rows after it would stay unwritten."""
+    loss = apl.Loss(log(p_y) ** -2, reduction="none")
+    logits = torch.zeros(6, 4)
+    logits[1, 1] = 200.0
+    target = torch.tensor([0, 1, 2, 3, 0, 1])
+    value = closed(loss, logits, target)[0]
+    expected = exact(loss, logits, target)[0]
+    assert value[1].isinf()
+    kept = torch.arange(6) != 1
+    torch.testing.assert_close(value[kept].double(), expected[kept], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_ends_a_thread(name):
+    """Compiled code has no way to raise: what it would raise, nobody is told."""
+    for half in (False, True):
+        code = on_cpu.compiled(derive(apl.loss(name).expression), half).inspect_llvm()
+        assert "picklebuf" not in code
+
+
+def test_one_row_of_one_place_that_single_precision_cannot_compute():
+    logits = torch.tensor([100.0, 0.0, 0.0]).view(1, 3, 1).requires_grad_()
+    value = apl.loss("nlnl", ignore_index=0)(logits, torch.tensor([[1]]))
+    value.backward()
+    x = logits.detach().double().requires_grad_()
+    apl.loss("nlnl", ignore_index=0)(x, torch.tensor([[1]])).backward()
+    torch.testing.assert_close(logits.grad.double(), x.grad, rtol=1e-5, atol=1e-7)
 
 
 def test_a_class_that_is_ruled_out():
@@ -267,6 +331,24 @@ def test_a_process_that_forked_has_threads_of_its_own():
     finally:
         child.kill()
         child.join()
+
+
+FORKED = """
+import os, sys, torch, apl
+torch.set_num_threads(2)
+(torch.randn(1 << 22) + 1).sum()
+if (child := os.fork()) == 0:
+    logits = torch.frombuffer(bytearray(1 << 19), dtype=torch.float32).view(1024, 128)
+    apl.loss("mae")(logits, torch.frombuffer(bytearray(1 << 13), dtype=torch.int64))
+    os._exit(7)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_process_that_forked_before_its_first_loss():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], timeout=90)
+    assert done.returncode == 7
 
 
 @njit
