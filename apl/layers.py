@@ -101,14 +101,13 @@ def step(p, slope, velocity, scale, lr, momentum, weight_decay, nesterov):
     """SGD as torch has it, the gradient times ``scale`` (networks,) before."""
     number = p.dtype.type
     momentum, decay = number(momentum), number(weight_decay)
-    ahead = momentum if nesterov else number(0)
     for m in range(p.shape[0]):
         weights, slopes, own = p[m], slope[m], velocity[m]
         factor, rate = scale[m], lr[m]
         for i in range(len(weights)):
             g = slopes[i] * factor + decay * weights[i]
             own[i] = g + momentum * own[i]
-            direction = g + ahead * own[i] if nesterov else own[i]
+            direction = g + momentum * own[i] if nesterov else own[i]
             weights[i] -= rate * direction
 
 

@@ -6,7 +6,7 @@ and the gradient is written while the row is still in the cache. So the logits a
 once, the gradient is written once, and nothing else of that size exists.
 
 With t the class of the largest logit and r the sum of :math:`e^{z_k - z_t}` over the other classes,
-:math:`p_t = 1/(1 + r)` and :math:`1 - p_t = r/(1 + r)` to the last digit. Of all other classes p is
+:math:`p_t = 1/(1 + r)` and :math:`1 - p_t = r/(1 + r)` keep their digits. Of all other classes p is
 at most 1/2, where single precision is enough.
 """
 
@@ -196,7 +196,7 @@ def _stored(values: tuple[float, ...]) -> tuple[np.ndarray[Any, Any], ...]:
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Compiling makes many small objects; looking through them for garbage is a fifth of it."""
+    """Compiling makes many small objects, and looking through them for garbage takes long."""
     enabled = gc.isenabled()
     gc.disable()
     try:

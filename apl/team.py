@@ -1,7 +1,7 @@
 """Native work on the processors that torch computes with: in torch's own threads if possible.
 
-After a call of torch its threads wait for the next one, and for about a millisecond they wait by
-keeping their processors busy. Threads of one's own would stand in line behind them. So the work
+After a call of torch its threads wait for the next one, and at first they wait by keeping their
+processors busy. Threads of one's own would stand in line behind them. So the work
 goes where torch's goes, to the team of its OpenMP (GNU's, in torch for Linux), and elsewhere to
 threads of one's own.
 """

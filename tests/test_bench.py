@@ -338,6 +338,24 @@ def test_the_command_prints_ratios_beside_the_limit_and_keeps_them(capsys):
 
 
 @pytest.mark.parametrize(
+    ("line", "compiled"),
+    [
+        ("--loss nce mae", []),
+        ("--loss nce mae --compile", ["nce", "mae"]),
+        ("--loss nce mae --compile mae", ["mae"]),
+        ("--compile", [*bench.SOME]),
+    ],
+)
+def test_the_command_compiles_the_losses_that_are_named(line, compiled, monkeypatch):
+    seen = []
+    monkeypatch.setattr("apl.bench.timing.textbook", lambda name: name)
+    monkeypatch.setattr(torch, "compile", lambda name, dynamic: seen.append(name) or apl.loss(name))
+    monkeypatch.setattr("apl.bench.timing.race", lambda calls, **options: ({}, {}))
+    assert main(["bench", "losses", "--size", "8x3", *line.split()]) == 0
+    assert seen == compiled
+
+
+@pytest.mark.parametrize(
     ("line", "sentence"),
     [
         ("--size 1024", "a size is rows x classes"),
@@ -347,6 +365,7 @@ def test_the_command_prints_ratios_beside_the_limit_and_keeps_them(capsys):
         ("--dtype float32", "--dtype goes with --size"),
         ("loses", "there is no part 'loses' to measure; there is losses, memory"),
         ("--loss nce+mea", "no loss is named 'nce+mea'"),
+        ("losses --compile nce+mea", "no loss is named 'nce+mea'"),
         ("losses --device abacus", "no device 'abacus'; there is cpu and cuda"),
         ("losses --device cuda", "torch finds no GPU here"),
         ("grid --images 10", "10 images are too few"),
