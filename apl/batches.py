@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-__all__ = ["Batches", "Drawn", "cut", "default_workers", "loader", "mixed"]
+__all__ = ["Batches", "Drawn", "cut", "default_workers", "ended", "loader", "mixed"]
 
 Sample = tuple[Tensor, int]
 Key = tuple[int, int]
@@ -104,6 +105,22 @@ def loader(
     if workers:  # a process with threads, as torch's are, cannot safely be forked
         options |= {"multiprocessing_context": "spawn", "persistent_workers": True}
     return DataLoader(data, batch_sampler=batches, **options)
+
+
+@contextmanager
+def ended(*loaders: DataLoader[Sample]) -> Iterator[None]:
+    """End the worker processes of these loaders on the way out, also by an exception.
+
+    An exception keeps the loaders until the garbage collector comes, and it takes the queues of
+    workers that have not started yet away before it tells them to end: they would fail.
+    """
+    try:
+        yield
+    finally:
+        for each in loaders:
+            # PyTorch has no public name for this; what a loop left behind does it in __del__.
+            if (workers := getattr(each, "_iterator", None)) is not None:
+                workers._shutdown_workers()
 
 
 def mixed(*values: int) -> int:

@@ -26,7 +26,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from tqdm import tqdm
 
 from apl import precision as precisions
-from apl.batches import Batches, Drawn, Key, Sample, default_workers
+from apl.batches import Batches, Drawn, Key, Sample, default_workers, ended
 from apl.batches import loader as reading
 from apl.checkpoints import Checkpoint, OutOfTime
 from apl.processes import ALONE, Team, reworded
@@ -145,22 +145,23 @@ def train(
     if not team.leads or progress is not None or "CI" in os.environ:
         bar["disable"] = not (team.leads and progress)
 
-    for epoch in range(len(rows), epochs):
-        batches.epoch = epoch
-        shown_loader = tqdm(loader, desc=f"epoch {epoch + 1}/{epochs}", **bar)
-        train_loss = _epoch(
-            net, loss, shown_loader, batches, optimizer, scaler, clip, numbers, device, team
-        )
-        schedule.step()
-        if not abs(train_loss) < float("inf"):
-            raise FloatingPointError(f"the training loss is {train_loss} in epoch {epoch + 1}")
-        for values in model.buffers():
-            team.copy(values)
-        accuracy = _accuracy(model, test_loader, shown, tests, numbers, device, team)
-        row = {"epoch": epoch + 1, "train_loss": train_loss}
-        row["test_accuracy"] = next(iter(accuracy.values()))
-        rows.append(row | accuracy)
-        _save(checkpoint, rows, epochs, team)
+    with ended(loader, test_loader):
+        for epoch in range(len(rows), epochs):
+            batches.epoch = epoch
+            shown_loader = tqdm(loader, desc=f"epoch {epoch + 1}/{epochs}", **bar)
+            train_loss = _epoch(
+                net, loss, shown_loader, batches, optimizer, scaler, clip, numbers, device, team
+            )
+            schedule.step()
+            if not abs(train_loss) < float("inf"):
+                raise FloatingPointError(f"the training loss is {train_loss} in epoch {epoch + 1}")
+            for values in model.buffers():
+                team.copy(values)
+            accuracy = _accuracy(model, test_loader, shown, tests, numbers, device, team)
+            row = {"epoch": epoch + 1, "train_loss": train_loss}
+            row["test_accuracy"] = next(iter(accuracy.values()))
+            rows.append(row | accuracy)
+            _save(checkpoint, rows, epochs, team)
     return pd.DataFrame(rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import subprocess
@@ -281,6 +282,7 @@ def test_a_broken_image_is_named(workers, tmp_path):
     mini = webvision.read(tmp_path)
     broken = Path(mini.train.paths[5])
     broken.write_bytes(broken.read_bytes()[:700])
+    before = set(multiprocessing.active_children())
     with pytest.raises(
         BrokenImage, match=r"^cannot read the image .*q0004/image-1.jpg \("
     ) as error:
@@ -292,6 +294,8 @@ def test_a_broken_image_is_named(workers, tmp_path):
             epochs=1,
         )
     assert "\n" not in str(error.value)
+    # The error still holds the loaders, and so their workers would live on.
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_a_gray_image_has_three_channels(tmp_path):
