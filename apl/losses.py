@@ -22,6 +22,10 @@ class Loss(nn.Module):
     labels of shape (N,), () or (N, d1, ...), counted from 0. float16 and bfloat16 logits are
     computed in float32. Losses add up and take positive weights: ``2 * apl.CE() + apl.MAE()``.
 
+    Logits are finite numbers. A class other than the label may be ruled out by a logit of -inf,
+    except in NCE, NFL and sums with them: what they divide by is infinite then, and their gradient
+    NaN. Leave such a class out instead.
+
     Parameters
     ----------
     expression

@@ -153,7 +153,7 @@ def build(
             logs = 0.0
             if has_line:
                 logs = sum_below(z[:y], top) + sum_below(z[y + 1 :], top)
-            if not _is_finite(r + logs + top) or (delicate and r < 1e-30):
+            if not _is_finite(r + logs + top + below_y) or (delicate and r < 1e-30):
                 marked[i] = 1
                 add(call, COUNT, 1)
                 continue

@@ -239,6 +239,17 @@ def test_a_class_that_is_ruled_out():
         assert gradient[0, 1] == 0
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_label_that_is_ruled_out_is_as_in_the_plain_path(name):
+    loss, (logits, target) = apl.loss(name), data(6, 5)
+    logits[2, target[2]] = -torch.inf
+    value, gradient = closed(loss, logits, target)
+    true_value, true_gradient = exact(loss, logits, target)
+    torch.testing.assert_close(value.double(), true_value, rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(gradient.double(), true_gradient, rtol=0, atol=1e-5, equal_nan=True)
+    assert (value[2] == 1) == (name in ("nce", "nfl"))
+
+
 def test_without_gradient_there_is_none_and_the_value_is_the_same():
     for name in LOSSES:
         loss, (logits, target) = apl.loss(name), data(*LARGE)

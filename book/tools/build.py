@@ -1,8 +1,9 @@
 """Build the book.
 
-`make book` executes the chapters through jupyter-cache and renders them. jupyter-cache keys a
-chapter by its cells alone, so this first empties the cache whenever something else that a chapter
-shows has changed: the code of apl, the records in book/results, or an installed package.
+`make book` executes the chapters through jupyter-cache, several at once, and renders them.
+jupyter-cache keys a chapter by its cells alone, so this first empties the cache whenever something
+else that a chapter shows has changed: the code of apl, the records in book/results, or an installed
+package.
 
 `make test` renders what is stored in the notebooks (--stored), because nbval has just executed
 them and two executions would prove no more than one.
@@ -15,19 +16,29 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jupyter_cache import get_cache
+from jupyter_cache.executors import load_executor
 
 import pdf
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "_build"
+CACHE = BUILD / ".jupyter_cache"  # where Jupyter Book looks
+AT_ONCE = min(4, os.cpu_count() or 1)
+"""So many chapters are executed at once; each needs about a core and 1 GB."""
+ALONE = {"costs.ipynb"}
+"""Chapters that measure time: they are left to Jupyter Book, which executes one at a time."""
 
 
 def digest() -> str:
@@ -45,12 +56,44 @@ def digest() -> str:
 
 def freshen() -> None:
     """Empty the execution cache if it was filled under another digest."""
-    record, cache, now = BUILD / "executed-with.sha256", BUILD / ".jupyter_cache", digest()
-    if cache.exists() and (not record.exists() or record.read_text() != now):
+    record, now = BUILD / "executed-with.sha256", digest()
+    if CACHE.exists() and (not record.exists() or record.read_text() != now):
         print("Code, records or packages have changed: every chapter runs again.", flush=True)
-        shutil.rmtree(cache)
+        shutil.rmtree(CACHE)
     BUILD.mkdir(exist_ok=True)
     record.write_text(now)
+
+
+def execute() -> None:
+    """Execute the chapters that the cache does not have, in the order of the book.
+
+    One that fails is left to Jupyter Book, which says where and why.
+    """
+    contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    files = [chapter["file"] for part in contents["parts"] for chapter in part["chapters"]]
+    paths = [path for file in files if (path := ROOT / f"{file}.ipynb").exists()]
+    cache = get_cache(CACHE)
+    for path in paths:
+        cache.add_nb_to_project(str(path))
+    missing = {Path(record.uri) for record in cache.list_unexecuted()}
+    paths = [path for path in paths if path in missing and path.name not in ALONE]
+    if not paths:
+        return
+    timeout = yaml.safe_load((ROOT / "_config.yml").read_text())["execute"]["timeout"]
+
+    def run(path: Path) -> tuple[bool, float]:
+        start = time.perf_counter()
+        runner = load_executor("local-serial", get_cache(CACHE))
+        found = runner.run_and_cache(filter_uris=[str(path)], timeout=timeout)
+        return bool(found.succeeded), time.perf_counter() - start
+
+    print(f"Executing {len(paths)} chapters, {AT_ONCE} at once.", flush=True)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        running = {pool.submit(run, path): path.name for path in paths}
+        for number, each in enumerate(as_completed(running), start=1):
+            done, seconds = each.result()
+            how = f"{seconds:6.1f} s" if done else "failed"
+            print(f"{number:4} of {len(paths)} {running[each]:28}{how}", flush=True)
 
 
 def jupyter_book(*arguments: str) -> int:
@@ -87,6 +130,7 @@ def main() -> int:
         return pdf.build(jupyter_book, stored())
     if not arguments.stored:
         freshen()
+        execute()
         return jupyter_book()  # which ends by saying where to open the book
 
     check = BUILD / "check"
