@@ -23,6 +23,10 @@ CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
 MACROS = CONFIG["sphinx"]["config"]["mathjax3_config"]["tex"]["macros"]
 
 
+def test_chapters_that_measure_time_are_there():
+    assert all((ROOT / "book" / name).exists() for name in build.ALONE)
+
+
 def test_every_macro_of_the_site_is_one_in_print():
     defined = re.findall(r"\\renewcommand\{\\(\w+)\}", pdf.macros(CONFIG))
     assert defined == list(MACROS)

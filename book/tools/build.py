@@ -87,7 +87,7 @@ def execute() -> None:
         found = runner.run_and_cache(filter_uris=[str(path)], timeout=timeout)
         return bool(found.succeeded), time.perf_counter() - start
 
-    print(f"Executing {len(paths)} chapters, {AT_ONCE} at once.", flush=True)
+    print(f"Executing chapters: {len(paths)}, {AT_ONCE} at once.", flush=True)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         running = {pool.submit(run, path): path.name for path in paths}
         for number, each in enumerate(as_completed(running), start=1):
