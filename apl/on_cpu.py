@@ -178,14 +178,17 @@ def _again(
     plain: Plain, z: Tensor, y: Tensor, w: Tensor, out: Tensor | None, each: Tensor, odd: Tensor
 ) -> None:
     """Those rows by the plain path."""
-    some = z[odd].float().requires_grad_(out is not None)
-    with torch.set_grad_enabled(out is not None):
+    if out is None:
+        each[odd] = plain(z[odd].float(), y[odd])
+        return
+    # Also where the caller is in inference mode, as a backward may be.
+    with torch.inference_mode(False), torch.enable_grad():
+        some = z[odd].float().requires_grad_()
         values = plain(some, y[odd])
-    each[odd] = values.detach()
-    if out is not None:
         count = w[odd] if w.numel() > 1 else w.expand_as(values)
         (again,) = torch.autograd.grad(values, some, count.to(values))
-        out[odd] = again.to(out.dtype)
+    each[odd] = values.detach()
+    out[odd] = again.to(out.dtype)
 
 
 @lru_cache(maxsize=256)

@@ -75,12 +75,22 @@ def _in_pool(work: Work, data: int, helpers: int) -> None:
     try:
         try:
             pool = _pool(helpers, os.getpid())
-            futures += [pool.submit(work, data) for _ in range(helpers)]
+            for _ in range(helpers):
+                futures.append(pool.submit(work, data))
         except RuntimeError:  # the interpreter ends, and starts no more threads
             pass
         work(data)
     finally:  # who has not begun by now is not needed
-        wait([future for future in futures if not future.cancel()])
+        _wait([future for future in futures if not future.cancel()])
+
+
+def _wait(futures: list[Future[None]]) -> None:
+    """Wait for all of them, also where Ctrl-C ends the call: they work on its memory."""
+    try:
+        wait(futures)
+    except BaseException:
+        _wait(futures)
+        raise
 
 
 @lru_cache(maxsize=8)

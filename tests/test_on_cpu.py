@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -213,6 +215,20 @@ def test_a_row_that_divides_by_zero_stays_alone():
     torch.testing.assert_close(value[kept].double(), expected[kept], rtol=1e-5, atol=0)
 
 
+def test_a_backward_in_inference_mode_computes_such_rows_too():
+    """float16 has its gradient in the backward."""
+    logits = torch.tensor([[100.0, 0.0, 0.0], [1.0, 2.0, 3.0]], dtype=torch.float16)
+    target = torch.tensor([1, 0])
+    gradients = []
+    for inference in (False, True):
+        x = logits.clone().requires_grad_()
+        value = apl.loss("nlnl")(x, target)
+        with torch.inference_mode(inference):
+            value.backward()
+        gradients.append(x.grad.clone())
+    assert gradients[0].isfinite().all() and torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_nothing_ends_a_thread(name):
     """Compiled code has no way to raise: what it would raise, nobody is told."""
@@ -342,6 +358,30 @@ def test_a_process_that_forked_has_threads_of_its_own():
     finally:
         child.kill()
         child.join()
+
+
+def test_an_interrupted_call_waits_for_its_helpers(monkeypatch):
+    """They work on memory that is given back when the call ends."""
+    done, interruptions = [], iter([KeyboardInterrupt, KeyboardInterrupt])
+
+    def work(data):
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            time.sleep(0.2)
+            done.append(data)
+        else:
+            begun.wait()
+
+    def interrupted(futures):
+        for kind in interruptions:
+            raise kind
+        return wait(futures)
+
+    begun, wait = threading.Event(), team.wait
+    monkeypatch.setattr(team, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        team._in_pool(work, 5, 1)
+    assert done == [5]
 
 
 FORKED = """
