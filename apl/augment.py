@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from apl.recipes import DATASETS, augmentation
 from apl.vision import SETS
 
 __all__ = ["Augment", "paper"]
@@ -106,9 +108,10 @@ class Augment:
 def paper(dataset: str) -> Augment:
     """The augmentation of the paper's training runs on a data set.
 
-    CIFAR-10: crop with a border of 4, flip; CIFAR-100: also rotation by up to 20 degrees; MNIST:
-    none. The same nothing for "fashion-mnist" and the digits, which the paper does not use. The
-    border is black *before* scaling, so its scaled value is -mean / std.
+    As :mod:`apl.recipes` has it: CIFAR-10 is cropped with a border of 4 and flipped, CIFAR-100 also
+    rotated by up to 20 degrees; MNIST is left as it is, and so are "fashion-mnist" and the digits,
+    which the paper does not use. The border is black *before* scaling, so its scaled value is
+    -mean / std.
 
     Raises: ValueError for another data set.
     Source: dataset.py of HanxunH/Active-Passive-Losses, commit 04bce53.
@@ -116,13 +119,12 @@ def paper(dataset: str) -> Augment:
     >>> paper("cifar100").rotate, paper("mnist") == Augment()
     (20.0, True)
     """
-    none = ("digits", "digit-pairs", "mnist", "fashion-mnist")
-    known = dict.fromkeys(none, Augment())
-    if dataset in ("cifar10", "cifar100"):
-        source = SETS[dataset]
-        black = tuple(-mean / std for mean, std in zip(source.mean, source.std, strict=True))
-        return Augment(4, True, 20.0 if dataset == "cifar100" else 0.0, black)
+    known = [name for name in (*DATASETS, "fashion-mnist") if name != "webvision"]
     if dataset not in known:
-        names = ", ".join([*known, "cifar10", "cifar100"])
-        raise ValueError(f"no augmentation is known for {dataset!r}; it is for {names}")
-    return known[dataset]
+        raise ValueError(f"no augmentation is known for {dataset!r}; it is for {', '.join(known)}")
+    steps: dict[str, Any] = {} if dataset == "fashion-mnist" else {**augmentation(dataset)}
+    if steps:
+        source = SETS[dataset]
+        black = zip(source.mean, source.std, strict=True)
+        steps["fill"] = tuple(-mean / std for mean, std in black)
+    return Augment(**steps)

@@ -1,6 +1,6 @@
 """What a chapter trains: digits on a CPU, the paper's own data set and recipe on a GPU.
 
-The numbers, and where each of them is written, are in ``protocols.csv`` of :mod:`apl.recipes`.
+The numbers, and where each of them is written, are in the files of :mod:`apl.recipes`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from apl import noise as noises
 from apl.checkpoints import Checkpoint
 from apl.data import Dataset, load
 from apl.ensemble import Run
-from apl.images import Transforms
 from apl.losses import loss as catalog_loss
 from apl.recipes import book_parameters, protocol_rows
 from apl.training import train
@@ -129,7 +128,8 @@ class Protocol:
         source = "book" if name in SMALL else source
         by_loss: dict[str, dict[str, Any]] = {}
         for row in protocol_rows():
-            if (row["dataset"], row["source"]) == (name, source):
+            mine = (row["dataset"], row["source"]) == (name, source)
+            if mine and row["parameter"] in _TYPES:
                 value = _TYPES[row["parameter"]](row["value"])
                 by_loss.setdefault(row["loss"], {})[row["parameter"]] = value
         if not by_loss:
@@ -245,7 +245,7 @@ class Protocol:
         (120, 1000)
         """
         own = {n: value for n in _SETTINGS if (value := getattr(self, n)) is not None}
-        changed = Transforms() if self.name == "webvision" else augment.paper(self.name)
+        changed = webvision.transforms() if self.name == "webvision" else augment.paper(self.name)
         own |= {"augment": changed, **self.exceptions.get(loss.lower(), {})}
         changes = {"epochs": epochs, "lr": lr}
         return own | {name: value for name, value in changes.items() if value is not None}

@@ -28,11 +28,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from apl.images import Images, Transforms
+from apl.recipes import augmentation
 from apl.vision import DEFAULT_ROOT
 
-__all__ = ["MEASURES", "K", "Mini", "read"]
+__all__ = ["MEASURES", "K", "Mini", "read", "transforms"]
 
 K = 50
 """The number of classes: the first 50."""
@@ -67,7 +69,17 @@ class Mini:
         return f"Mini({', '.join(sizes)})"
 
 
-def read(root: str | Path | None = None, transforms: Transforms | None = None) -> Mini:
+def transforms() -> Transforms:
+    """What is done to the images, as :mod:`apl.recipes` has it.
+
+    >>> transforms() == Transforms()
+    True
+    """
+    given: dict[str, Any] = {**augmentation("webvision")}
+    return Transforms(**given)
+
+
+def read(root: str | Path | None = None, change: Transforms | None = None) -> Mini:
     """Find WebVision-mini below a folder, "data" by default; see :mod:`apl.webvision` for the tree.
 
     The lists are read and every image they name is looked for; none is opened. Who has the data
@@ -87,7 +99,7 @@ def read(root: str | Path | None = None, transforms: Transforms | None = None) -
             f"there is no folder {str(folder)!r}: name the one that holds WebVision, as webvision/"
         )
     base = folder / "webvision" if (folder / "webvision").is_dir() else folder
-    transforms = transforms or Transforms()
+    change = change or transforms()
     train = _listed(
         base,
         ("info/train_filelist_google.txt", "webvision_mini_train.txt"),
@@ -102,10 +114,10 @@ def read(root: str | Path | None = None, transforms: Transforms | None = None) -
     )
     ilsvrc = _ilsvrc(folder, base)
     return Mini(
-        Images(*train, transforms.training()),
+        Images(*train, change.training()),
         {
-            "ilsvrc12": Images(*ilsvrc, transforms.evaluation()),
-            "webvision": Images(*val, transforms.evaluation()),
+            "ilsvrc12": Images(*ilsvrc, change.evaluation()),
+            "webvision": Images(*val, change.evaluation()),
         },
     )
 

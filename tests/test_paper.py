@@ -343,7 +343,7 @@ def test_a_label_that_is_no_class_is_refused(name: str) -> None:
         (
             ("mnist", "ce"),
             {"source": "2021"},
-            "no source of recipes '2021'; there is code, 2020, followers",
+            "no source of recipes '2021'; there is code, 2020, followers, alfs",
         ),
         (
             ("webvision", "ce"),

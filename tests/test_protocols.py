@@ -83,6 +83,34 @@ def test_the_file_names_the_origin_of_every_number_once():
         assert row["origin"].startswith((commit[row["source"]], "measured: ", "estimate: "))
 
 
+def test_what_the_files_say_of_the_training_is_what_is_trained():
+    found = {}
+    for row in protocol_rows():
+        found.setdefault((row["dataset"], row["source"]), {})[row["parameter"]] = row["value"]
+    for (name, source), values in found.items():
+        assert values["optimizer"] == "sgd"
+        own = Protocol.of(name, source="code" if source == "book" else source)
+        cosine, exponential = own.eta_min is not None, own.decay is not None
+        assert (cosine, exponential) == (name != "webvision", name == "webvision")
+        assert values["schedule"] == ("cosine" if cosine else "exponential")
+        assert values["augment"] == found[name, own.source]["augment"]
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "webvision"])
+def test_all_sources_augment_alike(name):
+    written = {
+        row["value"]
+        for row in protocol_rows()
+        if (row["dataset"], row["parameter"]) == (name, "augment")
+    }
+    expected = {
+        "cifar10": (4, True, 0.0),
+        "cifar100": (4, True, 20.0),
+    }.get(name, (0, False, 0.0))
+    change = apl.augment.paper(name)
+    assert len(written) == 1 and (change.crop, change.flip, change.rotate) == expected
+
+
 # --- what is picked -----------------------------------------------------------------------------
 
 

@@ -32,7 +32,7 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
     records = {f"apl/_results/{path.name}" for path in (ROOT / "book" / "results").iterdir()}
     assert package == source | records
     assert {Path(name).suffix for name in package - records} == {".py", ".csv", ".typed"}
-    assert {"apl/__init__.py", "apl/py.typed", "apl/recipes/losses.csv"} <= package
+    assert {"apl/__init__.py", "apl/py.typed", "apl/recipes/mnist.csv"} <= package
     about = {name.split("/", 1)[1] for name in set(names) - package}
     assert about == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
 

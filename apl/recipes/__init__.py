@@ -1,8 +1,11 @@
 """What the paper's runs were set to, as data files with the origin of every value.
 
-``losses.csv``, beside this file, has one row for each value of a loss: source, data set, kind of
-noise, loss, parameter, value, origin. ``protocols.csv`` has the rest of a run, the network, the
-optimizer and the noise procedure, in the same way; a row with a loss is an exception for that loss.
+One file for each data set, beside this one: ``mnist.csv``, ``cifar10.csv``, ``cifar100.csv``,
+``webvision.csv``, and ``digits.csv`` and ``digit-pairs.csv`` for the book's own. A row is one
+value: source, kind of noise, loss, parameter, value, origin. Rows without a loss are the rest of a
+run: the network, the optimizer, the schedule, the augmentation, the noise procedure. Rows with a
+loss and without a noise are exceptions from these. All others are the parameters of a loss.
+
 The sources:
 
 - ``"code"``: the configuration files of the official code as it stands (commit 04bce53 of
@@ -11,6 +14,8 @@ The sources:
   back to; what a script does not pass has the default of ``train.py``.
 - ``"followers"``: what later papers ran the same losses with, from their public repositories; for
   losses only.
+- ``"alfs"``: the one of them that differs, Asymmetric Loss Functions (hitcszx/ALFs): beta = 100 on
+  MNIST, 1 on CIFAR-100; for three of the sums only.
 - ``"book"``: this book's own runs on digits and on digit pairs. Losses have the catalog's defaults
   on digits; on digit pairs, the other set of 100 classes, what the official code has for CIFAR-100,
   in the catalog's terms: its MAE is 2 (1 - p_y), twice the code's, so that beta is half.
@@ -25,8 +30,8 @@ Where a source contradicts itself, the file holds one choice:
   are not recorded.
 - 2020: what the scripts are named for, also where an edited script runs another loss (MAE in
   MNIST's ``nce_mae``, NGCE + RCE in ``ngce`` on MNIST and CIFAR-10).
-- followers: the values that Active Negative Loss, eps-softmax and joint asymmetric loss agree on.
-  Asymmetric Loss Functions (hitcszx/ALFs) has beta = 100 on MNIST and 1 on CIFAR-100 instead.
+- followers: the values that Active Negative Loss, eps-softmax and joint asymmetric loss agree on;
+  ``alfs`` is the alternative.
 
 The parameter ``runs`` is the loss that is really trained. In three configuration files of ``code``,
 for NGCE + RCE, it is NGCE + MAE.
@@ -51,8 +56,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Recipe", "book_parameters", "protocol_rows", "published", "recipe", "recipes"]
+__all__ = [
+    "DATASETS",
+    "Recipe",
+    "augmentation",
+    "book_parameters",
+    "protocol_rows",
+    "published",
+    "recipe",
+    "recipes",
+]
 
+DATASETS = ("digits", "digit-pairs", "mnist", "cifar10", "cifar100", "webvision")
+"""The data sets that have a file of recipes."""
+
+_SOURCES = ("code", "2020", "followers", "alfs", "book")
 _COLUMNS = ("source", "dataset", "noise", "loss")
 _NUMBERS = ("rate", "mean", "std", "ddof", "runs")
 
@@ -76,13 +94,15 @@ class Recipe:
 
 @lru_cache(maxsize=1)
 def recipes() -> tuple[Recipe, ...]:
-    """Every recipe, in the order of the file.
+    """Every recipe, source by source.
 
     >>> len({(r.source, r.dataset, r.noise, r.loss) for r in recipes()}) == len(recipes())
     True
     """
     rows: dict[tuple[str, str, str, str], dict[str, tuple[str, str]]] = {}
-    for row in _read("losses.csv"):
+    for row in _rows():
+        if not row["noise"]:
+            continue
         key = row["source"], row["dataset"], row["noise"], row["loss"]
         found = rows.setdefault(key, {})
         found[row["parameter"]] = row["value"], row["origin"]
@@ -109,7 +129,7 @@ def recipe(dataset: str, loss: str, noise: str = "symmetric", source: str = "cod
     noise
         "symmetric" or "asymmetric"; "real" for "webvision"
     source
-        "code", "2020" or "followers", see :mod:`apl.recipes`
+        "code", "2020", "followers" or "alfs", see :mod:`apl.recipes`
 
     Raises
     ------
@@ -147,12 +167,26 @@ def book_parameters(dataset: str, loss: str, noise: str = "symmetric") -> Mappin
 
 @lru_cache(maxsize=1)
 def protocol_rows() -> tuple[Mapping[str, str], ...]:
-    """Every row of ``protocols.csv``, in the order of the file; ``loss`` is "" for all losses.
+    """Every row on a run as a whole, data set by data set; ``loss`` is "" for all losses.
 
     >>> [row["value"] for row in protocol_rows() if row["parameter"] == "nesterov"].count("true")
     2
     """
-    return tuple(MappingProxyType(row) for row in _read("protocols.csv"))
+    rows = [dict(row) for row in _rows() if not row["noise"]]
+    rows.sort(key=lambda row: DATASETS.index(row["dataset"]))
+    return tuple(MappingProxyType({n: v for n, v in row.items() if n != "noise"}) for row in rows)
+
+
+def augmentation(dataset: str) -> Mapping[str, float | bool]:
+    """How the training images of a data set are changed at random; all sources agree on it.
+
+    >>> dict(augmentation("cifar100")), dict(augmentation("mnist"))
+    ({'crop': 4, 'flip': True, 'rotate': 20.0}, {})
+    """
+    rows = (row for row in protocol_rows() if row["dataset"] == dataset)
+    written = next(row["value"] for row in rows if row["parameter"] == "augment")
+    pairs = (step.partition("=") for step in written.split() if written != "none")
+    return {name: _number(value) if value else True for name, _, value in pairs}
 
 
 def published(
@@ -204,9 +238,20 @@ def published(
     return table.reset_index(drop=True)
 
 
-def _read(name: str) -> list[dict[str, str]]:
-    file = resources.files(__name__).joinpath(name)
-    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+@lru_cache(maxsize=1)
+def _rows() -> tuple[Mapping[str, str], ...]:
+    """The rows of all data sets, source by source."""
+    rows = []
+    for dataset in DATASETS:
+        file = resources.files(__name__).joinpath(f"{dataset}.csv")
+        for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()):
+            source = row.pop("source")
+            rows.append(MappingProxyType({"source": source, "dataset": dataset, **row}))
+    return tuple(sorted(rows, key=lambda row: _SOURCES.index(row["source"])))
+
+
+def _number(written: str) -> float:
+    return float(written) if "." in written else int(written)
 
 
 def _unknown(given: tuple[str, ...], i: int, known: Iterable[str]) -> str:
