@@ -81,10 +81,14 @@ class Pace:
 def pending(cells: Iterable[Cell], store: Store) -> tuple[list[Cell], list[RecordError]]:
     """The cells without a valid record, and what is wrong with the files that are none.
 
+    A line of a packed file that is no record is named too, whichever run's it was.
+
     >>> pending([Cell("digits", "ce")], Store("no such folder"))
     ([digits ce clean seed 0], [])
     """
-    left, wrong = [], []
+    left, cells = [], list(cells)
+    datasets = dict.fromkeys(cell.dataset for cell in cells)
+    wrong = [error for dataset in datasets for error in store.damaged(dataset)]
     for cell in cells:
         try:
             if store.read(cell.settings()) is None:

@@ -203,6 +203,10 @@ class Store:
             write_whole(there._pack(dataset), "".join(lines).encode())
         return {dataset: len(pack) for dataset, pack in packs.items()}
 
+    def damaged(self, dataset: str) -> Sequence[RecordError]:
+        """What is wrong with the lines of a packed file that are no records."""
+        return self._packed(dataset)[1]
+
     def _pack(self, dataset: str) -> Path:
         return self.folder / f"{dataset}.jsonl"
 

@@ -156,6 +156,19 @@ def test_only_what_is_missing_is_run(tmp_path):
     assert len(store.all()[0]) == 2
 
 
+def test_a_damaged_line_of_a_packed_file_is_named_and_its_run_is_missing(tmp_path):
+    store, packed = Store(tmp_path / "runs"), tmp_path / "packed"
+    reproduce(cells("ce", "mae"), store, say=lambda line: None)
+    store.pack(packed)
+    path = packed / "digits.jsonl"
+    first, second = path.read_text().splitlines()
+    path.write_text(f"{first[:200]}\n{second}\n")
+    left, wrong = pending(cells("ce", "mae"), Store(packed))
+    assert left == cells("ce")
+    assert [str(error) for error in wrong] == [f"line 1 of {path} is cut short or no JSON"]
+    assert pending(cells("mae"), Store(packed)) == ([], wrong)
+
+
 def test_a_run_of_another_process_is_left_to_it(tmp_path):
     store = Store(tmp_path)
     with store.claim(cells("ce")[0].settings()):
