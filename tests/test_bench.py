@@ -14,7 +14,7 @@ import torch
 
 import apl
 from apl import bench
-from apl.bench import sizes, training, weighing
+from apl.bench import sizes, timing, training, weighing
 from apl.bench._baseline import made_up
 from apl.bench._contenders import one_hot, textbook
 from apl.bench._meters import against, peak, race
@@ -171,6 +171,15 @@ def test_losses_has_a_row_for_each_contender():
     assert (timed.loc[timed["contender"] == "F.cross_entropy", "ratio"] == 1).all()
     left_out = table[table["contender"] == "compiled"]
     assert left_out["ratio"].isna().all() and (left_out["note"] == "not run: not asked for").all()
+
+
+def test_what_takes_long_has_few_rounds_beside_its_own_cross_entropy(monkeypatch):
+    monkeypatch.setattr(timing, "_LARGE", 0)
+    table = bench.losses(["mae", "ce"], [bench.Size(16, 4)], repeats=5)
+    rounds = table.set_index(["loss", "contender"]).repeats
+    assert rounds["ce", "one-hot"] == rounds["ce", "textbook"] == 3
+    assert rounds["mae", "one-hot"] == rounds["ce", "apl"] == rounds["", "F.cross_entropy"] == 5
+    assert (table.loc[table.repeats > 0, "ratio"] > 0).all()
 
 
 def test_a_formula_that_cannot_be_compiled_says_why(monkeypatch):

@@ -31,7 +31,7 @@ Pixels = tuple[Tensor, Tensor]
 """Images (N, 32, 32, 3) of bytes, and labels (N,)."""
 
 LOSS = "nce+rce"
-SGD: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
+SGD: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4}
 BATCH, CLIP = 128, 5.0
 
 

@@ -115,11 +115,11 @@ def _growth(table: pd.DataFrame) -> str:
 
 
 def _first(table: pd.DataFrame) -> str:
-    titles = {"cache": "compiled code", "import_seconds": "import s", "first_seconds": "first s"}
-    shown = table.rename(columns={**titles, "second_seconds": "second s"})
-    return shown.to_string(
+    names = [name for name in table if name.endswith("_seconds")]
+    titles = {name: name.replace("_seconds", " s") for name in names}
+    return table.rename(columns={"cache": "compiled code", **titles}).to_string(
         index=False,
-        formatters={"import s": "{:.2f}".format, "first s": "{:.3f}".format},
+        formatters={title: "{:.3f}".format for title in titles.values() if title != "second s"},
     )
 
 

@@ -228,10 +228,11 @@ def table(part: str, measured: Part) -> str:
     Examples
     --------
     >>> rows = pd.DataFrame({"loss": ["nce"], "cache": ["empty"], "import_seconds": [1.0],
-    ...                      "first_seconds": [0.5], "second_seconds": [0.001]})
+    ...                      "losses_seconds": [0.4], "first_seconds": [0.5],
+    ...                      "second_seconds": [0.001]})
     >>> print(table("first-call", Part(rows, {})))
-    loss compiled code import s first s  second s
-     nce         empty     1.00   0.500     0.001
+    loss compiled code import s losses s first s  second s
+     nce         empty    1.000    0.400   0.500     0.001
     """
     if part not in _MEASURES:
         raise ValueError(f"there is no part {part!r} to measure; there is {', '.join(PARTS)}")

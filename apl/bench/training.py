@@ -24,6 +24,7 @@ from apl.bench.sizes import Say
 from apl.catalog import APL
 from apl.data import Dataset, load
 from apl.losses import loss
+from apl.paper import paper_loss
 from apl.protocols import Protocol
 from apl.turns import in_turns
 from apl.vision import SETS
@@ -211,7 +212,7 @@ def _runs(dataset: Dataset, J: int, epochs: int) -> float:
 
             return training.train(
                 models.cifar10_cnn(seed),
-                loss(LOSS),
+                paper_loss("cifar10", LOSS),
                 dataset,
                 epochs=epochs + 1,
                 augment=augment.paper("cifar10"),
