@@ -217,7 +217,8 @@ def _reproduce(parser: argparse.ArgumentParser) -> None:
         type=_count,
         default=1,
         metavar="J",
-        help="runs at once, with --ray on each GPU (default: 1)",
+        help="runs at once, with --ray on each GPU (default: 1); they are processes, which share a "
+        "GPU side by side where NVIDIA's MPS runs, and else take turns on it",
     )
     parser.add_argument(
         "--ray",
