@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import pandas as pd
 from scipy.special import stdtrit
 
-__all__ = ["POINTS", "Claim", "claim", "interval", "report", "table"]
+from apl.catalog import CATALOG
+
+__all__ = ["POINTS", "Claim", "claim", "interval", "markdown", "report", "table"]
 
 POINTS = 1.0
 """A smaller difference than so many points is not called one, however narrow its interval."""
@@ -129,6 +131,23 @@ def report(
     }
     found = pd.DataFrame.from_dict(lines, orient="index").rename_axis(by)
     return found if order is None else found.loc[list(order)]
+
+
+def markdown(report: pd.DataFrame) -> str:
+    """What :func:`report` returns as a table of a page, losses in capitals.
+
+    >>> columns = {"loss": ["ce"], "seed": [0], "last": [50.0], "best": [70.0], "last_ten": [51.0]}
+    >>> print(markdown(report(pd.DataFrame(columns)).iloc[:, 1:3]))
+    | loss | best epoch | mean of the last ten |
+    |---|---|---|
+    | CE | 70.0 | 51.0 |
+    """
+    head = " | ".join([str(report.index.name), *report.columns])
+    lines = [f"| {head} |", "|---" * (len(report.columns) + 1) + "|"]
+    for name, row in report.iterrows():
+        title = str(name).upper() if name in CATALOG else str(name)
+        lines.append(f"| {' | '.join([title, *row])} |")
+    return "\n".join(lines).replace(" ± ", "\u00a0±\u00a0").replace(", ", ",\u00a0")
 
 
 def _words(values: pd.Series) -> str:

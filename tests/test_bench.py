@@ -138,11 +138,11 @@ def test_memory_counts_copies_of_the_logits(monkeypatch):
 
 @on_linux
 def test_memory_is_measured_in_a_process_of_its_own():
-    table = bench.memory(["nce"], [bench.Size(512, 4096), bench.Size(8, 4)])
+    table = bench.memory(["nce"], [bench.Size(512, 32768), bench.Size(8, 4)])
     large, small = table[table["N"] == 512], table[table["N"] == 8]
     assert large["contender"].tolist() == ["F.cross_entropy", "apl", "one-hot", "textbook"]
     # Nobody gets by with less than the gradient.
-    assert (large["copies"] > 0.99).all() and (large["note"] == "").all()
+    assert (large["copies"] > 0.97).all() and (large["note"] == "").all()
     assert (
         small["bytes"].isna().all() and small["note"].str.contains("smaller than the error").all()
     )

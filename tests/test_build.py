@@ -56,6 +56,7 @@ def test_chapters_are_executed_once_and_what_fails_is_left_over(book):
     assert found.cells[0].outputs[0].text == "42\n"
     with pytest.raises(KeyError):
         cache.match_cache_notebook(nbformat.read(book / "bad.ipynb", as_version=4))
+    cache.db.dispose()  # else a later Python warns of a connection that is not closed
 
     again = execute(book)
     assert again.startswith("Executing chapters: 1, ") and "good" not in again

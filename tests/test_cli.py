@@ -48,7 +48,7 @@ def written(folder):
     return sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.suffix != ".lock")
 
 
-def wait_until(true, seconds=60):
+def wait_until(true, seconds=300):
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
@@ -194,8 +194,8 @@ def test_compare_leaves_damaged_records_out_and_reproduce_makes_them_anew(capsys
 
 
 def test_killed_in_the_middle_it_ends_with_the_same_numbers(capsys):
-    line = ["reproduce", *ONE, "40", "--save-every", "0"]
-    killed = cell(epochs=40)
+    line = ["reproduce", *ONE, "200", "--save-every", "0"]
+    killed = cell(epochs=200)
     saved = Checkpoint(Store().checkpoint(killed.settings()))
     process = subprocess.Popen([*APL, *line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -209,7 +209,7 @@ def test_killed_in_the_middle_it_ends_with_the_same_numbers(capsys):
     assert "1 done" in capsys.readouterr().out
     record = Store().read(killed.settings())
     (done,) = record.made["continued"]
-    assert 3 <= done < 40
+    assert 3 <= done < 200
     whole = run(killed, Store("whole"))
     assert whole.made["continued"] == []
     pd.testing.assert_frame_equal(record.history, whole.history, check_exact=True)
@@ -221,7 +221,7 @@ def test_two_at_once_divide_the_runs():
     pair = [subprocess.Popen([*APL, *line], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     done = []
     for process in pair:
-        out, _ = process.communicate(timeout=120)
+        out, _ = process.communicate(timeout=300)
         assert process.returncode == 0
         done += re.findall(r"\] (.*): \d+\.\d+ % in", out)
     # Each of them once, whoever did it.
@@ -252,6 +252,7 @@ def test_a_worker_that_dies_takes_only_its_run():
     pd.testing.assert_frame_equal(alone.history, together.history, check_exact=True)
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # if just then one is opened
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_interrupted_it_leaves_whole_records_only(number, status, capsys):
     before = signal.getsignal(number)

@@ -142,7 +142,8 @@ def assert_as_in_a_plain_run(cells):
         there, here = Store().read(one.settings()), run(one, plain)
         pd.testing.assert_frame_equal(there.history, here.history, check_exact=True)
         assert there.settings == here.settings
-        own = {"finished", "seconds", "continued"}
+        # And commit: whoever edits here while the tests run has another one a minute later.
+        own = {"finished", "seconds", "continued", "commit"}
         assert list(there.made) == list(here.made)
         assert {k: v for k, v in there.made.items() if k not in own} == {
             k: v for k, v in here.made.items() if k not in own
@@ -184,7 +185,7 @@ def test_without_ray_a_sentence_says_what_to_install(capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_what_a_killed_worker_held_is_run_again(cluster):
-    long = cell("ce", 60)
+    long = cell("ce", 200)
     cells = [cell("mae"), long, cell("nce", 2), cell("gce", 3)]
 
     def kill():
@@ -203,7 +204,7 @@ def test_what_a_killed_worker_held_is_run_again(cluster):
 
 @pytest.mark.slow
 def test_what_a_lost_node_held_is_run_again(cluster):
-    cells = [cell("ce", 60), cell("mae", 60)]
+    cells = [cell("ce", 200), cell("mae", 200)]
     (node,) = cluster.worker_nodes
     raylet = node.all_processes["raylet"][0].process.pid
     lost = []
@@ -256,6 +257,7 @@ def test_what_fails_of_its_own_is_told_once(cluster):
     wild, said = cell("ce", changes=(("lr", 1e30),)), []
     outcome = reproduce([wild, cell("mae")], Store(), ray=cluster.address, say=said.append)
     assert (outcome.failed, outcome.done) == ([wild], [cell("mae")])
+    said = [line for line in said if line.startswith("[")]  # and not how far it is
     assert len(said) == 2 and "the training loss is" in "".join(said)
     with pytest.raises(ValueError, match=r"is connected to Ray at .*, not at 'local'"):
         reproduce([cell("nce")], Store(), ray="local", say=pytest.fail)
@@ -268,14 +270,20 @@ def test_what_fails_of_its_own_is_told_once(cluster):
 @pytest.mark.slow
 def test_a_run_at_the_limit_comes_back_and_is_continued(cluster):
     cells = [cell("ce", 10**6)]
-    outcome = reproduce(cells, Store(), minutes=0.05, ray=cluster.address, say=lambda line: None)
-    assert (outcome.stopped, outcome.done) == (cells, [])
+    for minutes in (0.05, 0.2, 1.0):  # a node that is new takes seconds to begin
+        outcome = reproduce(
+            cells, Store(), minutes=minutes, ray=cluster.address, say=lambda line: None
+        )
+        assert (outcome.stopped, outcome.done) == (cells, [])
+        if saved(*cells):
+            break
     assert 1 <= saved(*cells) < 10**6
     outcome = reproduce(cells, Store(), minutes=0, ray=cluster.address, say=pytest.fail)
     assert outcome.too_long == cells
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # if just then one is opened
 def test_interrupted_it_takes_its_runs_back(cluster, capsys):
     long = cell("ce", 10**6)
 

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import apl
-from apl import experiments, stacked, training
+from apl import experiments, stacked, training, workers
 from apl.campaign import reproduce
+from apl.checkpoints import OutOfTime
 from apl.ensemble import Run, train
 from apl.experiments import Setting, run
 from apl.grid import Cell
@@ -261,7 +262,7 @@ def test_at_the_limit_nothing_is_half_done(tmp_path, monkeypatch):
     monkeypatch.setattr("apl.together.SECONDS", math.inf)
     monkeypatch.setattr("apl.together.int", lambda most: 24, raising=False)
     lines, todo = [], cells("ce", "mae", epochs=2000)
-    outcome = reproduce(todo, Store(tmp_path), minutes=0.01, say=lines.append)
+    outcome = reproduce(todo, Store(tmp_path), minutes=0.05, say=lines.append)
     assert outcome.too_long == todo and not list(tmp_path.rglob("*.json"))
     assert all("of 2000 epochs, to be done anew" in line for line in lines)
 
@@ -276,7 +277,8 @@ def test_what_a_kill_can_cost_is_bounded(tmp_path):
 
 def test_a_run_with_a_checkpoint_is_continued_alone(tmp_path):
     store, todo = Store(tmp_path), cells("ce", "mae", "nce", epochs=3)
-    reproduce(todo[:1], store, minutes=0.0001, say=lambda line: None)
+    with pytest.raises(OutOfTime):
+        workers.run(todo[0], store, deadline=0.0)
     assert store.checkpoint(todo[0].settings()).exists()
     reproduce(todo, store, say=lambda line: None)
     made = [store.read(cell.settings()).made for cell in todo]

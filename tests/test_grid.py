@@ -192,7 +192,7 @@ def test_no_run_starts_that_would_not_end_in_time(tmp_path):
 def test_a_run_at_the_limit_is_saved_and_continued(tmp_path):
     store = Store(tmp_path)
     (cell,) = cells("ce", epochs=2000)
-    outcome = reproduce([cell], store, minutes=0.01, say=lambda line: None)
+    outcome = reproduce([cell], store, minutes=0.05, say=lambda line: None)
     assert outcome.stopped == [cell]
     assert store.checkpoint(cell.settings()).exists() and not list(tmp_path.rglob("*.json"))
 
